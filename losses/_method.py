@@ -1,0 +1,95 @@
+"""The contract of a method. A method is one file `losses/<name>.py` with `Config` and `Method`.
+
+The engine calls `encode` once per micro-batch and `loss` once on the features of all of them.
+Gradient caching, gathering, checkpoints and logging live outside; a method gets them for free
+as long as `loss` sees the batch only through what `encode` returned and through the labels.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from losses._gather import Gather
+
+Features = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class NoOptions:
+    """Configuration of a method that has no options."""
+
+
+class Method(nn.Module):
+    """Base of all methods: one image view, one text view, normalised features.
+
+    Class attributes:
+        Config: dataclass of the method's own configuration keys.
+        views: how many image and text views the loader must deliver.
+        needs_labels: True when a batch without image-label samples makes no sense.
+        needs_pairs: True when a batch without image-text pairs makes no sense.
+    """
+
+    Config: ClassVar[type] = NoOptions
+    views: ClassVar[dict[str, int]] = {"image": 1, "text": 1}
+    needs_labels: ClassVar[bool] = False
+    needs_pairs: ClassVar[bool] = False
+
+    def __init__(self, cfg: Any, dims: dict[str, int]):
+        super().__init__()
+        self.cfg = cfg
+
+    def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
+        """Per-sample tensors of one micro-batch, each with first dimension b.
+
+        Args:
+            model: a two-tower model (`encode_image`, `encode_text`, `scale`).
+            batch: `image` (b, V, 3, H, W) normalised floats, `text` (b, T, L) token ids.
+
+        Returns:
+            `image` (b, D) and `text` (b, D), l2-normalised; `scale` (b,), the multiplier
+            repeated, so that its gradient reaches the model through the same path as that
+            of any feature (see gradient caching in engine/step.py).
+        """
+        image = model.encode_image(batch["image"][:, 0])["feature"]
+        text = model.encode_text(batch["text"][:, 0])["feature"]
+        return {"image": image, "text": text, "scale": model.scale().expand(len(image))}
+
+    def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
+        """Loss of the global batch, given this rank's share of it.
+
+        Args:
+            features: what `encode` returned, micro-batches concatenated.
+            labels: (b,) int64: class id >= 0, -1 image-text pair, <= -2 equal captions.
+            gather: the ranks that share the batch.
+
+        Returns:
+            Scalars named `*_loss` (they are summed; the mean over ranks is the global loss),
+            and optionally `sample_loss` (b,) and `positives` (b,) for the log.
+        """
+        raise NotImplementedError
+
+    def forward(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
+        """`loss`, called as a module so that DeepSpeed's parameter hooks run."""
+        return self.loss(features, labels, gather)
+
+    def step_end(self) -> None:
+        """Called once after each optimizer step (queues, momentum encoders)."""
+
+
+def read_config(kind: type, values: dict[str, Any], where: str) -> Any:
+    """Dataclass `kind` from a mapping; raises ValueError naming the nearest key."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]!r}?" if near else "it has no options"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    return kind(**values)
+
+
+def zero_like_graph(features: Features) -> Tensor:
+    """A scalar 0 that depends on all features, so that every rank runs the same backward."""
+    return sum((f.sum() * 0 for f in features.values() if f.is_floating_point()), torch.zeros(()))
