@@ -1,0 +1,227 @@
+"""The configuration of a run: one YAML file, a chain of parents, `key.sub=value` overrides.
+
+A file may name a parent with `base: other.yaml` (relative to itself); later values win. Every key
+is checked: an unknown one is an error that names the nearest. `model:` and `loss:` are checked by
+`models.config` and by the method's own `Config`.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+import losses
+from loaders.errors import ConfigError
+from models.config import ModelConfig
+
+
+@dataclass
+class DataConfig:
+    """What is read. `image_label` and `image_text` are shard specifications (a folder, a brace
+    range, a glob, several joined by `::`), one or a list; each entry is one source."""
+
+    image_label: Any = None
+    image_text: Any = None
+    sampler: str = "balanced"  # balanced | proportional | ratio
+    ratios: dict[str, int] | None = None  # share of each source by name, for `ratio`
+    block_shards: int = 16  # shards whose samples are shuffled together
+    label_merge: str = "disjoint"  # disjoint | synset
+    caption_labels: str = "unique"  # unique | by_text (equal captions are positives)
+    caption: str = "txt"  # txt | json.KEY
+    templates: str = "unicl_81"  # preset of prompts/templates.json, or a file
+    augmentation: str = "paper"  # recipe of loaders/views.py
+    workers: int = 4  # per rank
+    max_bad_fraction: float = 0.01  # more unreadable samples than this end the run
+
+
+@dataclass
+class TrainConfig:
+    """How much, and in what pieces. Exactly one of `epochs`, `samples`, `steps`."""
+
+    global_batch: int = 4096
+    accumulation: int = 1  # micro-batches per rank and step; the update does not depend on it
+    epochs: float | None = None
+    samples: int | None = None
+    steps: int | None = None
+    epoch_samples: int | None = None  # samples of an epoch; null: all samples of all sources
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. The three rates are multiplied by global_batch / lr_batch when lr_batch is set."""
+
+    lr: float = 5e-4
+    warmup_lr: float = 5e-7
+    min_lr: float = 5e-6
+    lr_batch: int | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip_norm: float = 0.0  # 0: none. DeepSpeed never decides this.
+    schedule: str = "cosine"  # cosine | constant
+    warmup_epochs: float | None = None
+    warmup_steps: int | None = None
+
+
+@dataclass
+class LogConfig:
+    """Console line, metrics.jsonl and checkpoints, in optimizer steps."""
+
+    every_steps: int = 10
+    save_every_steps: int = 1000
+    keep_last: int = 2
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run; saved as `config.yaml` in the run folder."""
+
+    name: str = "run"
+    output_dir: str = "runs/${name}"
+    seed: int = 0
+    deepspeed: str = "ds_configs/zero1_bf16.json"
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "unicl"})
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    timeout_minutes: int = 30  # of a collective operation
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Read a configuration file with its parents and apply overrides.
+
+    Args:
+        path: a YAML file. overrides: `key.sub=value` strings.
+
+    Returns:
+        A `RunConfig` as a checked `DictConfig`.
+
+    Raises:
+        ConfigError: unreadable file, circular `base`, unknown key or value of a wrong type.
+    """
+    layers = _chain(Path(path), ())
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except Exception as error:
+            raise ConfigError(f"override {override!r}: {error}") from None
+    cfg = OmegaConf.structured(RunConfig)
+    for layer in layers:
+        try:
+            cfg = OmegaConf.merge(cfg, layer)
+        except ConfigKeyError as error:
+            raise ConfigError(_unknown_key(error, path)) from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    check(cfg)
+    return cfg
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse contradictions that need neither data nor devices to be seen.
+
+    Raises:
+        ConfigError: names the key and what it may be.
+    """
+    ModelConfig.from_dict(OmegaConf.to_container(cfg.model, resolve=True))
+    loss = dict(OmegaConf.to_container(cfg.loss, resolve=True))
+    try:
+        losses.read_config(losses.find(loss.pop("name", "unicl")).Config, loss, "loss")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _one_of(cfg.train, "train", ("epochs", "samples", "steps"), required=True)
+    _one_of(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"), required=False)
+    for section, key in (
+        ("train", "global_batch"),
+        ("train", "accumulation"),
+        ("log", "every_steps"),
+        ("log", "save_every_steps"),
+        ("log", "keep_last"),
+        ("data", "block_shards"),
+    ):
+        if cfg[section][key] < 1:
+            raise ConfigError(f"{section}.{key}={cfg[section][key]} must be at least 1")
+    if not 0 <= cfg.data.max_bad_fraction <= 1:
+        raise ConfigError(f"data.max_bad_fraction={cfg.data.max_bad_fraction} must be in [0, 1]")
+    for key, allowed in (
+        ("data.caption_labels", ("unique", "by_text")),
+        ("data.label_merge", ("disjoint", "synset")),
+        ("optim.schedule", ("cosine", "constant")),
+    ):
+        if OmegaConf.select(cfg, key) not in allowed:
+            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(allowed)}")
+
+
+def specs(value: Any, key: str) -> list[str]:
+    """A shard specification or a list of them, as a list of strings."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    items = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ConfigError(f"{key} must be a path specification or a list of them, got {value!r}")
+    return items
+
+
+def learning_rates(cfg: DictConfig) -> dict[str, float]:
+    """`lr`, `warmup_lr`, `min_lr` after the linear scaling rule, if one is asked for."""
+    factor = cfg.train.global_batch / cfg.optim.lr_batch if cfg.optim.lr_batch else 1.0
+    return {key: cfg.optim[key] * factor for key in ("lr", "warmup_lr", "min_lr")}
+
+
+def count_steps(cfg: DictConfig, epoch_samples: int) -> tuple[int, int]:
+    """(all steps, warm-up steps) of the run.
+
+    Args:
+        epoch_samples: samples of an epoch, unless the configuration states its own number.
+    """
+    train, batch = cfg.train, cfg.train.global_batch
+    epoch = train.epoch_samples or epoch_samples
+    samples = train.samples or (train.epochs or 0) * epoch
+    steps = train.steps or math.ceil(samples / batch)
+    warmup = cfg.optim.warmup_steps or math.ceil((cfg.optim.warmup_epochs or 0) * epoch / batch)
+    return steps, warmup
+
+
+def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` goes round in a circle")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"cannot read configuration {path}: {error}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections")
+    base = layer.pop("base", None)
+    parents = _chain(path.parent / base, (*seen, path.resolve())) if base else []
+    return [*parents, layer]
+
+
+def _one_of(section: DictConfig, where: str, keys: tuple[str, ...], required: bool) -> None:
+    given = [key for key in keys if section[key] is not None]
+    if len(given) > 1 or (required and not given):
+        raise ConfigError(
+            f"{where}: give exactly one of {', '.join(keys)}; given: {given or 'none'}"
+        )
+    if given and section[given[0]] <= 0 and required:
+        raise ConfigError(f"{where}.{given[0]} must be positive")
+
+
+def _unknown_key(error: ConfigKeyError, path: str | Path) -> str:
+    full = str(error.full_key)
+    parent, _, key = full.rpartition(".")
+    known = OmegaConf.select(OmegaConf.structured(RunConfig), parent) if parent else RunConfig
+    names = list(getattr(known, "__dataclass_fields__", None) or known.keys())
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+    nearest = f"{parent}.{near}" if parent else near
+    return f"{path}: unknown key {full!r}; the nearest is {nearest!r} (known: {', '.join(names)})"

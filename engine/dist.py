@@ -1,0 +1,141 @@
+"""Processes: who am I, who are the others, and a group that joins us.
+
+Works the same under `deepspeed`, `torchrun`, `srun` (one task per device, no launcher between)
+and plain `python`. Nothing here imports deepspeed, so evaluation can use it.
+"""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import MutableMapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from loaders.errors import ConfigError
+
+# torch's name of a variable, and where other launchers put the same number.
+_SOURCES = {
+    "RANK": ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "WORLD_SIZE": ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+}
+
+
+def map_environment(env: MutableMapping[str, str]) -> None:
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from what the launcher gave.
+
+    Variables that are set already win. SLURM's are used only inside an `srun` step (they are
+    present in a batch script too, where they describe no process). The port under SLURM is
+    10000 + job id modulo 50000, so that jobs that share a node do not meet.
+
+    Raises:
+        ConfigError: several processes but no address of the first one.
+    """
+    in_step = "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID") != "4294967291"
+    for name, others in _SOURCES.items():
+        for other in others:
+            if name not in env and other in env and (in_step or not other.startswith("SLURM")):
+                env[name] = env[other]
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    if "MASTER_ADDR" not in env:
+        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+        if in_step and nodes:
+            env["MASTER_ADDR"] = first_host(nodes)
+        elif env["WORLD_SIZE"] == "1":
+            env["MASTER_ADDR"] = "127.0.0.1"
+        else:
+            raise ConfigError(
+                f"this is rank {env['RANK']} of {env['WORLD_SIZE']}, but MASTER_ADDR is not set: "
+                "start with torchrun, deepspeed or srun, or export the address of rank 0"
+            )
+    if "MASTER_PORT" not in env:
+        job = re.match(r"\d+", env.get("SLURM_JOB_ID", ""))
+        single = env["WORLD_SIZE"] == "1"
+        env["MASTER_PORT"] = str(
+            free_port() if single else 10000 + int(job.group()) % 50000 if job else 29500
+        )
+
+
+def first_host(nodes: str) -> str:
+    """First host name of a SLURM node list such as `gpu[03-05,07],login1`.
+
+    Asks `scontrol`, which knows every form; without it expands the common bracket form.
+    """
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+        return answer.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        head = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+        return head.group(1) + (head.group(2) or "")
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def initialise(timeout_minutes: int = 30) -> torch.device:
+    """Join the process group and choose this rank's device.
+
+    Args:
+        timeout_minutes: after which a collective operation that does not finish is an error.
+
+    Returns:
+        `cuda:LOCAL_RANK` where CUDA is available (nccl), else `cpu` (gloo). Under `srun` with
+        one visible device per task that device is taken.
+    """
+    map_environment(os.environ)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        local = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    return device
+
+
+def rank() -> int:
+    """Rank of this process; 0 where no group was joined."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 where no group was joined."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is true on one: how ranks agree to stop at the same step."""
+    value = torch.tensor([float(flag)], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a float64 vector over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

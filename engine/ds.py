@@ -1,0 +1,158 @@
+"""DeepSpeed: its JSON made complete and checked, the trained module, the engine.
+
+DeepSpeed's own defaults are never trusted in silence: the batch triple is derived from the run's
+configuration, every "auto" is resolved or refused (DeepSpeed reads `bf16.enabled: "auto"` as
+False), and gradient clipping must be stated (the library's silent default is 1.0).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from loaders.errors import ConfigError
+from losses._gather import Gather
+
+
+class TrainModule(nn.Module):
+    """Model and method in one module, so that DeepSpeed shards, saves and restores both."""
+
+    def __init__(self, model: nn.Module, method: nn.Module):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, batch: dict[str, Tensor], gather: Gather | None = None) -> dict[str, Tensor]:
+        """Features of one micro-batch, or with `gather` the loss of a batch of one micro-batch.
+
+        Args:
+            batch: normalised `image` (b, V, 3, H, W), `text` (b, T, L), `label` (b,).
+        """
+        features = self.method.encode(self.model, batch)
+        return features if gather is None else self.method(features, batch["label"], gather)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file; raises ConfigError naming file and line."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"DeepSpeed configuration {path}: {error}") from None
+
+
+def resolve(
+    ds: dict[str, Any], cfg: DictConfig, world_size: int, path: str = "ds_config"
+) -> dict[str, Any]:
+    """A complete DeepSpeed configuration for this run.
+
+    Args:
+        ds: what the JSON file holds; not changed.
+        cfg: the run's configuration: global batch, accumulation and clipping come from it.
+        world_size: number of ranks.
+        path: name of the file, for messages.
+
+    Raises:
+        ConfigError: the batch does not divide, a number contradicts the run's configuration,
+            clipping is not stated, an "auto" is left, or the file brings an optimizer.
+    """
+    ds = json.loads(json.dumps(ds))
+    batch, pieces = cfg.train.global_batch, cfg.train.accumulation
+    if batch % (world_size * pieces):
+        raise ConfigError(
+            f"train.global_batch={batch} is not divisible by {world_size} ranks x "
+            f"train.accumulation={pieces}; use a multiple of {world_size * pieces}"
+        )
+    for section in ("optimizer", "scheduler"):
+        if section in ds:
+            raise ConfigError(
+                f"{path}: '{section}' is decided by the run's configuration (optim.*); remove it"
+            )
+    if "gradient_clipping" not in ds:
+        raise ConfigError(
+            f"{path}: 'gradient_clipping' is missing and DeepSpeed would silently clip at 1.0; "
+            'write "gradient_clipping": "auto" to take optim.grad_clip_norm'
+        )
+    derived = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": batch // (world_size * pieces),
+        "gradient_accumulation_steps": pieces,
+        "gradient_clipping": float(cfg.optim.grad_clip_norm),
+    }
+    for key, value in derived.items():
+        if ds.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"{path}: {key}={ds[key]} contradicts the run's configuration, which gives "
+                f'{value}; write "auto" there'
+            )
+        ds[key] = value
+    left = list(_autos(ds))
+    if left:
+        raise ConfigError(
+            f'{path}: DeepSpeed does not resolve "auto"; give a value for {", ".join(left)}'
+        )
+    ds.setdefault("steps_per_print", 10**9)
+    return ds
+
+
+def precision(ds: dict[str, Any]) -> torch.dtype:
+    """Type of weights and activations in the forward pass: bfloat16, float16 or float32."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def initialise(
+    module: TrainModule, optimizer: torch.optim.Optimizer, ds: dict[str, Any], device: torch.device
+):
+    """The DeepSpeed engine around `module`; the process group must exist already.
+
+    Raises:
+        ConfigError: a 0-D parameter, which DeepSpeed's first broadcast cannot take.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    flat = [name for name, p in module.named_parameters() if p.ndim == 0]
+    if flat:
+        raise ConfigError(f"0-D parameters crash DeepSpeed, give them shape (1,): {flat}")
+    if device.type == "cpu":
+        # Its shared-memory all-reduce would be compiled now (minutes), and a build that was
+        # killed leaves a lock on which the next start waits for ever. gloo is enough here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["deepspeed_ccl_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=ds, dist_init_required=False
+    )
+    return engine
+
+
+def full_state(engine) -> Iterator[tuple[str, Tensor]]:
+    """(name, CPU tensor) of all weights and buffers, whole under every ZeRO stage; collective.
+
+    Weights are those of the forward pass: float32, or the 16-bit ones under bf16 and fp16.
+    """
+    import deepspeed
+
+    parameters = dict(engine.module.named_parameters())
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        if name in parameters and hasattr(tensor, "ds_id"):
+            with deepspeed.zero.GatheredParameters([tensor]):
+                whole = tensor.detach().cpu().clone()
+        else:
+            whole = tensor.detach().cpu().clone()
+        yield name, whole.contiguous()
+
+
+def _autos(value: Any, where: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _autos(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _autos(item, f"{where}[{number}]")
+    elif value == "auto":
+        yield where

@@ -1,0 +1,32 @@
+"""AdamW with the parameter groups of the release: no decay for 1-d and listed parameters."""
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, method: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups, decayed and not.
+
+    Without decay: parameters of at most one dimension (biases, norms, `logit_scale`) and the
+    names that `model.no_weight_decay()` lists (microsoft/UniCL, optimizer of the release).
+    Parameters that need no gradient are left out.
+    """
+    listed = {f"model.{name}" for name in model.no_weight_decay()}
+    decayed, kept = [], []
+    for prefix, module in (("model", model), ("method", method)):
+        for name, parameter in module.named_parameters(prefix=prefix):
+            if parameter.requires_grad:
+                free = parameter.ndim <= 1 or name in listed
+                (kept if free else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build(model: nn.Module, method: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
+    """torch's AdamW; its rate is set before every step by `engine.schedule`."""
+    groups = parameter_groups(model, method, cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps)

@@ -1,0 +1,124 @@
+"""One optimizer step on the global batch: in one piece, or by exact gradient caching.
+
+With K micro-batches per rank the step is not K small contrastive losses. All features are first
+computed without a graph, the loss of the whole batch gives the gradient of each feature, and each
+micro-batch is then encoded again with a graph and sent back with its cached gradient (Gao et al.,
+GradCache, arXiv 2101.06983). The update equals that of one large batch. Two details decide it:
+DeepSpeed must not divide by K (`scale_wrt_gas=False`), and the second encoding must see the same
+random numbers, here because they are a function of (seed, step, rank, micro-batch).
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from losses._gather import Gather
+from losses._method import Features
+
+Batch = dict[str, Tensor]
+
+
+class Stepper:
+    """Runs optimizer steps of a DeepSpeed engine over a `TrainModule`.
+
+    Args:
+        engine: the DeepSpeed engine; its accumulation steps are the number of micro-batches.
+        gather: the ranks that share the global batch.
+        seed: of the run; random numbers of a step depend on it, the step, rank and micro-batch.
+    """
+
+    def __init__(self, engine, gather: Gather, seed: int):
+        self.engine, self.gather, self.seed = engine, gather, seed
+
+    def __call__(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """One update.
+
+        Args:
+            step: number of the step, from 0.
+            micro_batches: this rank's share, with normalised images on the device.
+
+        Returns:
+            What the method's `loss` returned, without gradient, and `loss`, the sum of its
+            `*_loss` items: the mean over ranks is the global loss.
+        """
+        run = self._whole if len(micro_batches) == 1 else self._cached
+        out = run(step, micro_batches)
+        self.engine.module.method.step_end()
+        return {key: value.detach() for key, value in out.items()}
+
+    def _whole(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        self._seed(step, 0)
+        out = self.engine(micro_batches[0], self.gather)
+        out["loss"] = total_loss(out)
+        self.engine.backward(out["loss"])
+        self.engine.step()
+        return out
+
+    def _cached(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        features = []
+        with torch.no_grad(), frozen_statistics(self.engine.module):
+            for number, batch in enumerate(micro_batches):
+                self._seed(step, number)
+                features.append(self.engine(batch))
+        out, gradients, of_parameters = self._loss_gradients(features, micro_batches)
+        for number, batch in enumerate(micro_batches):
+            self._seed(step, number)
+            encoded = self.engine(batch)
+            surrogate = sum(
+                (encoded[key] * grads[number]).sum() for key, grads in gradients.items()
+            )
+            if number == 0:  # parameters used by the loss itself belong to one micro-batch only
+                surrogate = surrogate + sum((p * grad).sum() for p, grad in of_parameters)
+            self.engine.backward(surrogate, scale_wrt_gas=False)
+            self.engine.step()
+        return out
+
+    def _loss_gradients(self, features: list[Features], micro_batches: Sequence[Batch]):
+        """Loss on all features; its gradient by feature and micro-batch, and by parameter."""
+        whole = {key: torch.cat([f[key] for f in features]) for key in features[0]}
+        for value in whole.values():
+            value.requires_grad_(value.is_floating_point())
+        method = self.engine.module.method
+        out = method(whole, torch.cat([b["label"] for b in micro_batches]), self.gather)
+        out["loss"] = total_loss(out)
+        keys = [key for key, value in whole.items() if value.requires_grad]
+        parameters = [p for p in method.parameters() if p.requires_grad]
+        # torch.autograd.grad, not backward: DeepSpeed's hooks must not see this pass.
+        grads = torch.autograd.grad(
+            out["loss"], [whole[key] for key in keys] + parameters, allow_unused=True
+        )
+        sizes = [len(b["label"]) for b in micro_batches]
+        of_features = {
+            key: grad.split(sizes)
+            for key, grad in zip(keys, grads, strict=False)
+            if grad is not None
+        }
+        pairs = zip(parameters, grads[len(keys) :], strict=True)
+        return out, of_features, [(p, grad) for p, grad in pairs if grad is not None]
+
+    def _seed(self, step: int, micro_batch: int) -> None:
+        text = f"{self.seed} {step} {self.gather.rank} {micro_batch}"
+        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "big"))
+
+
+def total_loss(out: dict[str, Tensor]) -> Tensor:
+    """Sum of the items named `*_loss` that are scalars."""
+    return sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Keep running statistics of batch norms as they are: the first encoding must not count."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.sub_(1)
