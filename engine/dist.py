@@ -139,3 +139,9 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def finish() -> None:
+    """Leave the process group in an orderly way."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -147,6 +147,15 @@ def full_state(engine) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.contiguous()
 
 
+def scale(engine) -> float:
+    """The multiplier of the cosines as the next forward pass will use it; collective."""
+    import deepspeed
+
+    model = engine.module.model
+    with deepspeed.zero.GatheredParameters([model.logit_scale]):
+        return float(model.scale())
+
+
 def _autos(value: Any, where: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for key, item in value.items():

@@ -1,0 +1,157 @@
+"""From a configuration to the objects of a run, with every check that needs no device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import losses
+from engine import config, ds
+from loaders import texts, tokenizers, views
+from loaders.batch import TextOptions, TripletDataset
+from loaders.errors import ConfigError, DataError
+from loaders.labels import LabelSpace
+from loaders.manifest import ShardSet, open_shards
+from loaders.order import Order, Source, plan_streams
+from losses._method import Method
+from models.config import ModelConfig
+
+# A continuation must agree with its checkpoint in these; the rest of the configuration may change.
+IDENTITY = (
+    "seed", "loss", "model", "train.global_batch", "data.sampler", "data.ratios",
+    "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
+    "data.templates", "data.augmentation",
+)  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """A run before any model exists: data, order, length, rates."""
+
+    cfg: DictConfig
+    world_size: int
+    sources: list[ShardSet]
+    labels: LabelSpace
+    order: Order
+    steps: int
+    warmup: int
+    rates: dict[str, float]
+    deepspeed: dict[str, Any]
+    method: type[Method]
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per rank and micro-batch."""
+        return self.deepspeed["train_micro_batch_size_per_gpu"]
+
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must have in common with this run."""
+        plain = OmegaConf.to_container(self.cfg, resolve=True)
+        facts = {key: _select(plain, key) for key in IDENTITY}
+        facts["data"] = {source.name: source.fingerprint for source in self.sources}
+        return facts
+
+    def describe(self) -> str:
+        """The plan in words, printed at the start and by --dry-run."""
+        batch, train = self.cfg.train.global_batch, self.cfg.train
+        lines = [f"run {self.cfg.name}: method {self.cfg.loss.get('name', 'unicl')}"]
+        for source in self.sources:
+            classes = f", {len(source.classes)} classes" if source.classes else ""
+            lines.append(
+                f"  {source.kind} {source.name}: {len(source)} samples in "
+                f"{len(source.shards)} shards{classes}"
+            )
+        shares = zip(self.order.streams, self.order.shares, strict=True)
+        lines += [
+            f"  sampler {self.cfg.data.sampler}: "
+            + ", ".join(f"{share} {stream.name}" for stream, share in shares)
+            + " in every global batch",
+            f"  global batch {batch} = {self.world_size} ranks x {train.accumulation} "
+            f"micro-batches x {self.micro_batch}",
+            f"  {self.steps} steps ({self.warmup} warm-up), {self.steps * batch} samples, passes: "
+            + ", ".join(f"{p:.2f}" for p in self.order.passes(self.steps)),
+            f"  lr {self.rates['lr']:.2e}, {self.cfg.optim.schedule} to "
+            f"{self.rates['min_lr']:.1e}, "
+            f"weight decay {self.cfg.optim.weight_decay}, "
+            f"gradient clipping {self.deepspeed['gradient_clipping'] or 'none'}",
+            f"  DeepSpeed ZeRO-{self.deepspeed.get('zero_optimization', {}).get('stage', 0)}, "
+            f"{str(ds.precision(self.deepspeed)).removeprefix('torch.')}",
+        ]
+        return "\n".join(lines)
+
+
+def plan(cfg: DictConfig, world_size: int) -> Plan:
+    """Open the data, fix the order, the length and the DeepSpeed configuration.
+
+    Raises:
+        ConfigError: contradictions in the configuration or the DeepSpeed file.
+        DataError: data that is missing, broken, or too little for one batch.
+    """
+    deepspeed = ds.resolve(ds.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed)
+    method = losses.find(cfg.loss.get("name", "unicl"))
+    sources = [
+        open_shards(spec, kind=kind)
+        for kind in ("image_label", "image_text")
+        for spec in config.specs(cfg.data[kind], f"data.{kind}")
+    ]
+    _check_sources(sources, cfg, method)
+    views_of_order = [Source(s.name, s.kind, s.shard_sizes) for s in sources]
+    ratios = OmegaConf.to_container(cfg.data.ratios) if cfg.data.ratios else None
+    streams = plan_streams(views_of_order, cfg.data.sampler, ratios)
+    order = Order(views_of_order, streams, cfg.train.global_batch, cfg.seed, cfg.data.block_shards)
+    steps, warmup = config.count_steps(cfg, sum(len(source) for source in sources))
+    return Plan(
+        cfg=cfg,
+        world_size=world_size,
+        sources=sources,
+        labels=LabelSpace(sources, merge=cfg.data.label_merge),
+        order=order,
+        steps=steps,
+        warmup=warmup,
+        rates=config.learning_rates(cfg),
+        deepspeed=deepspeed,
+        method=method,
+    )
+
+
+def dataset(plan: Plan) -> TripletDataset:
+    """The map from (step, position, uid) to a training sample."""
+    cfg, model = plan.cfg, model_config(plan.cfg)
+    return TripletDataset(
+        plan.sources,
+        plan.labels,
+        views=[
+            views.build_train(
+                cfg.data.augmentation, model.image.size, model.image.mean, model.image.std
+            )
+        ]
+        * plan.method.views["image"],
+        texts=TextOptions(texts.load_templates(cfg.data.templates), cfg.data.caption),
+        tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
+        seed=cfg.seed,
+        caption_labels=cfg.data.caption_labels,
+    )
+
+
+def model_config(cfg: DictConfig) -> ModelConfig:
+    """The checked `model:` section."""
+    return ModelConfig.from_dict(OmegaConf.to_container(cfg.model, resolve=True))
+
+
+def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method]) -> None:
+    if not sources:
+        raise ConfigError("no data: give data.image_label, data.image_text or both")
+    names = [source.name for source in sources]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"two sources are both named {', '.join(sorted(twice))}; rename one")
+    kinds = {source.kind for source in sources}
+    for needed, kind in ((method.needs_labels, "image_label"), (method.needs_pairs, "image_text")):
+        if needed and kind not in kinds:
+            raise ConfigError(f"loss.name={cfg.loss.name} needs data.{kind}")
+
+
+def _select(tree: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree

@@ -1,0 +1,64 @@
+"""Train a model of the UniCL family under DeepSpeed.
+
+    deepspeed train.py --config configs/quickstart_unicl.yaml
+    torchrun --nproc_per_node 2 train.py --config configs/quickstart_unicl.yaml optim.lr=1e-3
+    sbatch --nodes 4 slurm/train.sbatch configs/unicl_swin_tiny_in21k_yfcc14m.yaml
+
+The same --output-dir continues a run that was stopped. Exit codes: 0 done, 2 wrong usage or
+configuration, 3 data or setup refused, 4 non-finite loss, 5 too many bad samples.
+"""
+
+import argparse
+import os
+
+from loaders.errors import run_cli
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line of this file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--output-dir", help="run folder; default: output_dir of the configuration")
+    parser.add_argument("--deepspeed_config", help="a JSON file of ds_configs/")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the plan and stop")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher; not needed"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Parse, check, and hand over to `engine.loop`."""
+    arguments = parse_arguments()
+    # Imports are late so that --help and a wrong key answer at once.
+    from engine import config
+
+    overrides = list(arguments.overrides)
+    if arguments.output_dir:
+        overrides.append(f"output_dir={arguments.output_dir}")
+    if arguments.deepspeed_config:
+        overrides.append(f"deepspeed={arguments.deepspeed_config}")
+    cfg = config.load(arguments.config, overrides)
+
+    from engine import build, dist
+
+    dist.map_environment(os.environ)
+    plan = build.plan(cfg, world_size=int(os.environ["WORLD_SIZE"]))
+    if arguments.dry_run:
+        build.dataset(plan)
+        if os.environ["RANK"] == "0":
+            print(plan.describe())
+        return
+
+    from engine.loop import Trainer
+
+    device = dist.initialise(cfg.timeout_minutes)
+    Trainer(plan, device).run()
+    dist.finish()
+
+
+if __name__ == "__main__":
+    run_cli(main)
