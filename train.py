@@ -48,9 +48,9 @@ def main() -> None:
     dist.map_environment(os.environ)
     plan = build.plan(cfg, world_size=int(os.environ["WORLD_SIZE"]))
     if arguments.dry_run:
-        build.dataset(plan)
         if os.environ["RANK"] == "0":
             print(plan.describe())
+            print(build.describe_parts(plan))
         return
 
     from engine.loop import Trainer

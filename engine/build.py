@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 import losses
+import models
 from engine import config, ds
 from loaders import texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
@@ -131,6 +133,40 @@ def dataset(plan: Plan) -> TripletDataset:
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
     )
+
+
+def describe_parts(plan: Plan) -> str:
+    """Build dataset, model and method once, as a run would, and say how large they are.
+
+    Raises:
+        ConfigError: an augmentation, tokenizer, template list or tower that cannot be built.
+    """
+    dataset(plan)
+    model = models.build(model_config(plan.cfg))
+    method = build_method(plan, model)
+    counts = {
+        "image tower": model.image,
+        "text tower": model.text,
+        "model": model,
+        "method": method,
+    }
+    sizes = [
+        f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
+        for name, part in counts.items()
+    ]
+    return "  parameters: " + ", ".join(sizes)
+
+
+def build_method(plan: Plan, model: nn.Module) -> Method:
+    """The method with the sizes that its heads need."""
+    settings = dict(OmegaConf.to_container(plan.cfg.loss, resolve=True))
+    dims = {
+        "embed_dim": model.embed_dim,
+        "image_width": model.image_width,
+        "text_width": model.text_width,
+        "num_classes": plan.labels.num_classes,
+    }
+    return losses.build(settings.pop("name", "unicl"), settings, dims)
 
 
 def model_config(cfg: DictConfig) -> ModelConfig:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-import losses
 import models
 from engine import build, checkpoint, dist, ds, optim
 from engine.clock import Clock
@@ -167,14 +166,7 @@ def build_engine(plan: build.Plan, device: torch.device):
     model = models.build(build.model_config(cfg))
     if cfg.train.grad_checkpointing:
         model.set_grad_checkpointing(True)
-    settings = dict(OmegaConf.to_container(cfg.loss, resolve=True))
-    dims = {
-        "embed_dim": model.embed_dim,
-        "image_width": model.image_width,
-        "text_width": model.text_width,
-        "num_classes": plan.labels.num_classes,
-    }
-    method = losses.build(settings.pop("name", "unicl"), settings, dims)
+    method = build.build_method(plan, model)
     optimizer = optim.build(model, method, cfg.optim)
     module = ds.TrainModule(model, method).to(device).train()
     if cfg.train.compile:

@@ -1,4 +1,4 @@
-"""AdamW with the parameter groups of the release: no decay for 1-d and listed parameters."""
+"""AdamW in two groups: no weight decay for 1-d and listed parameters."""
 
 import torch
 from omegaconf import DictConfig
@@ -9,8 +9,7 @@ def parameter_groups(model: nn.Module, method: nn.Module, weight_decay: float) -
     """Two groups, decayed and not.
 
     Without decay: parameters of at most one dimension (biases, norms, `logit_scale`) and the
-    names that `model.no_weight_decay()` lists (microsoft/UniCL, optimizer of the release).
-    Parameters that need no gradient are left out.
+    names that `model.no_weight_decay()` lists. Parameters that need no gradient are left out.
     """
     listed = {f"model.{name}" for name in model.no_weight_decay()}
     decayed, kept = [], []

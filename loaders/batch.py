@@ -1,0 +1,287 @@
+"""From sample ids to batches: triplets, micro-batches of a rank, bad samples.
+
+The order names the samples of a global batch; rank r of R owns its r-th contiguous slice, cut
+into contiguous micro-batches. Everything random about a sample follows from (seed, step,
+position in the global batch), so ranks, workers and micro-batches change nothing.
+"""
+
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from loaders.errors import ConfigError, DataError, TooManyBadSamples
+from loaders.labels import PAIR, LabelSpace, caption_group
+from loaders.manifest import MissingMember, ShardSet
+from loaders.texts import BadText, TextOptions, label_text, read_caption
+from loaders.views import BadImage, View, decode
+
+ATTEMPTS = 10
+CAPTION_LABELS = ("unique", "by_text")
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used: source name, tar, key, and the reason in a word."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+
+
+class GlobalOrder(Protocol):
+    """What is asked of `loaders.order.Order`."""
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """Sample ids (B,) int64 of a step."""
+
+
+class TripletDataset(Dataset):
+    """Triplets (image views, text views, label) addressed by (step, position, uid).
+
+    Args:
+        sources: data sets; the uid of sample i of source s is i plus the sizes of those before.
+        label_space: global class ids, built from the same sources.
+        views: V image views, each PIL -> uint8 (3, H, W).
+        texts: prompts, caption source, and the number T of text views.
+        tokenizer: list of n strings -> (n, L) int64.
+        seed: of the run.
+        caption_labels: `unique`: a caption has the label -1; `by_text`: equal captions share a
+            label <= -2 (Florence, arXiv 2111.11432, section 2.2).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ShardSet],
+        label_space: LabelSpace,
+        views: Sequence[View],
+        texts: TextOptions,
+        tokenizer: Callable[[list[str]], Tensor],
+        seed: int,
+        caption_labels: str = "unique",
+    ) -> None:
+        if caption_labels not in CAPTION_LABELS:
+            raise ConfigError(
+                f"data.caption_labels={caption_labels!r} is not one of {', '.join(CAPTION_LABELS)}"
+            )
+        self.sources, self.label_space, self.views = list(sources), label_space, list(views)
+        self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
+        self.caption_labels = caption_labels
+        self.ends = np.cumsum([len(source) for source in self.sources])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, uid: int) -> tuple[int, int]:
+        """(source, index in the source) of a global sample id."""
+        source = int(np.searchsorted(self.ends, uid, side="right"))
+        return source, int(uid) - self.uid(source, 0)
+
+    def uid(self, source: int, index: int) -> int:
+        """Global sample id of a sample of a source."""
+        return int(self.ends[source]) - len(self.sources[source]) + index
+
+    def __getitem__(self, address: tuple[int, int, int]) -> dict:
+        """Sample of one position: image (V, 3, H, W) uint8, text (T, L), and numbers.
+
+        A bad sample is recorded and replaced by another of its source. Raises `DataError` after
+        ATTEMPTS bad ones.
+        """
+        step, position, uid = (int(number) for number in address)
+        source, index = self.locate(uid)
+        bad = []
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                index = _hash(self.seed, step, position, attempt, "other") % len(
+                    self.sources[source]
+                )
+            try:
+                sample = self._make(source, index, _hash(self.seed, step, position, attempt))
+            except (BadImage, BadText) as error:
+                bad.append(self._describe(source, index, error.reason))
+            except MissingMember:
+                bad.append(self._describe(source, index, "no_image"))
+            else:
+                uid = self.uid(source, index)
+                return {**sample, "uid": uid, "source": source, "step": step, "bad": bad}
+        raise DataError(
+            f"{self.sources[source].name}: {ATTEMPTS} bad samples in a row, the last: "
+            f"{bad[-1].shard}, sample {bad[-1].key!r}, {bad[-1].reason}; find them all with: "
+            "python data_prep/verify.py FOLDER"
+        )
+
+    def _make(self, source: int, index: int, seed: int) -> dict:
+        """Read one sample and draw its views; all randomness from `seed`."""
+        shards = self.sources[source]
+        rng = random.Random(seed)
+        if shards.kind == "image_label":
+            label = self.label_space.to_global(source, shards.label(index))
+            names = self.label_space.names(label)
+            texts = [label_text(names, self.texts.templates, rng) for _ in range(self.texts.views)]
+        else:  # a `.cls` beside a caption is for evaluation and must not reach the loss
+            caption = read_caption(shards, index, self.texts.caption_source)
+            label = caption_group(caption) if self.caption_labels == "by_text" else PAIR
+            texts = [caption] * self.texts.views
+        picture = decode(shards.read_image(index))
+        with _seeded(seed):
+            image = torch.stack([view(picture) for view in self.views])
+        return {"image": image, "text": self.tokenizer(texts), "label": label}
+
+    def _describe(self, source: int, index: int, reason: str) -> BadSample:
+        shards = self.sources[source]
+        return BadSample(shards.name, shards.shard_of(index), shards.key(index), reason)
+
+
+class StepBatches(Sampler):
+    """Micro-batches of one rank for steps start_step <= step < end_step, in order.
+
+    Each is a list of (step, position, uid). Raises `ConfigError` if the global batch is not a
+    multiple of world_size * micro_batch.
+    """
+
+    def __init__(
+        self,
+        order: GlobalOrder,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        start_step: int,
+        end_step: int,
+    ) -> None:
+        self._order, self._rank, self._micro_batch = order, rank, micro_batch
+        self._steps = range(start_step, end_step)
+        size = len(order.global_batch(start_step))
+        if size % (world_size * micro_batch):
+            raise ConfigError(
+                f"global batch {size} is not a multiple of {world_size} ranks x micro-batch "
+                f"{micro_batch}; change one of them"
+            )
+        self._share = size // world_size
+
+    def __len__(self) -> int:
+        return len(self._steps) * (self._share // self._micro_batch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for step in self._steps:
+            uids = self._order.global_batch(step)
+            first = self._rank * self._share
+            for start in range(first, first + self._share, self._micro_batch):
+                positions = range(start, start + self._micro_batch)
+                yield [(step, position, int(uids[position])) for position in positions]
+
+
+def collate(samples: Sequence[dict]) -> dict:
+    """Samples of one micro-batch to a batch (shapes: `TripletDataset`, with b in front).
+
+    image uint8 (b, V, 3, H, W); text int64 (b, T, L); label, uid, source int64 (b,); step int;
+    bad: list of `BadSample`.
+    """
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("image", "text")}
+    for name in ("label", "uid", "source"):
+        batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
+    batch["step"] = samples[0]["step"]
+    batch["bad"] = [bad for sample in samples for bad in sample["bad"]]
+    return batch
+
+
+def make_loader(
+    dataset: TripletDataset,
+    order: GlobalOrder,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    start_step: int,
+    end_step: int,
+    workers: int,
+) -> DataLoader:
+    """Loader of the micro-batches of one rank, in order; resuming is a later `start_step`."""
+    return DataLoader(
+        dataset,
+        batch_sampler=StepBatches(order, rank, world_size, micro_batch, start_step, end_step),
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else its start draws from the trainer's generator
+    )
+
+
+class BadSampleCounter:
+    """Counts bad samples by (source, reason), keeps the first 50, and says when to stop.
+
+    Args:
+        max_fraction: of the samples seen, e.g. 0.05.
+        min_samples: below this many seen, nothing is judged.
+    """
+
+    def __init__(self, max_fraction: float, min_samples: int = 1000) -> None:
+        self.max_fraction, self.min_samples = max_fraction, min_samples
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.first: list[BadSample] = []
+        self.bad = self.seen = 0
+
+    def update(self, bad: Iterable[BadSample], seen: int) -> None:
+        """Count the bad samples of a batch of `seen` samples."""
+        for sample in bad:
+            self.bad += 1
+            self.counts[sample.source, sample.reason] += 1
+            if len(self.first) < 50:
+                self.first.append(sample)
+        self.seen += seen
+
+    def check(self, total_bad: int, total_seen: int) -> None:
+        """Raise `TooManyBadSamples` if the totals (over all ranks) exceed the fraction."""
+        if total_seen < self.min_samples or total_bad <= self.max_fraction * total_seen:
+            return
+        counts = "".join(f"\n  {s}: {n} {reason}" for (s, reason), n in self.counts.most_common())
+        first = "".join(f"\n  {s.shard} sample {s.key}: {s.reason}" for s in self.first)
+        raise TooManyBadSamples(
+            f"{total_bad} bad among {total_seen} samples, more than the fraction "
+            f"{self.max_fraction} that data.max_bad_fraction allows; check the shards with "
+            "python data_prep/verify.py FOLDER, or raise it. Counts of this rank:"
+            f"{counts}\nFirst ones of this rank:{first}"
+        )
+
+
+def _hash(*values: object) -> int:
+    """A 64-bit number that depends on the values alone (`hash` differs between processes)."""
+    return int.from_bytes(blake2b(repr(values).encode(), digest_size=8).digest(), "big")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global CPU generators, and put their states back afterwards.
+
+    torch.manual_seed would also seed the devices, whose generators belong to the trainer.
+    """
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 timm draws from it
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _start_worker(_: int) -> None:
+    """Workers leave signals that go to the whole job to the trainer, and use one core each.
+
+    SLURM sends TERM and USR1 to every process of a step: a worker that died of it would break
+    the step that the trainer still finishes. Workers end with their loader, and torch's watchdog
+    ends them when the trainer is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

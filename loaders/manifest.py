@@ -1,0 +1,397 @@
+"""Data sets of tar shards: what they hold, and reading it by sample index.
+
+A data set is a folder with `manifest.json` and tars in `shards/`; foreign webdataset tars work
+without one: kind and classes are then found from the index of the tars. Only numpy and the
+standard library are imported here, so that data preparation runs without torch.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from loaders.errors import DataError
+from loaders.tarreader import NO_LABEL, ShardReader, open_index
+
+KINDS = ("image_label", "image_text")
+MANIFEST = "manifest.json"
+_BRACE = re.compile(r"\{([^{}]*)\}")
+_OPEN_INDEXES = 64  # each memory-mapped index holds a file descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class ClassEntry:
+    """A class: its id (its position in the class table), WordNet synset or None, and names."""
+
+    id: int
+    synset: str | None
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A tar: its path, number of samples, bytes, and sha256 (None without a manifest)."""
+
+    path: str
+    samples: int
+    bytes: int
+    sha256: str | None
+
+
+class MissingMember(LookupError):
+    """A sample lacks the image that was asked for."""
+
+
+class ShardSet:
+    """The samples of several tars as one sequence: shard order, then tar order.
+
+    `kind` decides the training label: `image_label` trains on the class id; `image_text` always
+    has the label -1, whatever `labels` holds (it then serves evaluation only).
+    """
+
+    def __init__(
+        self, name: str, kind: str, classes: Sequence[ClassEntry], shards: Sequence[ShardInfo]
+    ) -> None:
+        self.name, self.kind = name, kind
+        self.classes, self.shards = list(classes), list(shards)
+        self.shard_sizes = np.array([shard.samples for shard in shards], dtype=np.int64)
+        self._ends = np.cumsum(self.shard_sizes)
+        self._reader = ShardReader()
+        self._index = lru_cache(maxsize=_OPEN_INDEXES)(open_index)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_index"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._index = lru_cache(maxsize=_OPEN_INDEXES)(open_index)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class ids (n,) int64 from `.cls` or `json.label`, -1 where absent."""
+        return np.concatenate([open_index(shard.path)["label"] for shard in self.shards])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the names, bytes and sample counts of the shards, in order."""
+        content = [[Path(s.path).name, s.bytes, s.samples] for s in self.shards]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def key(self, i: int) -> str:
+        """Key of sample i: its member names up to the first dot."""
+        return os.fsdecode(bytes(self._row(i)[1]["key"]))
+
+    def shard_of(self, i: int) -> str:
+        """Path of the tar that holds sample i."""
+        return self._row(i)[0]
+
+    def label(self, i: int) -> int:
+        """Class id of sample i, -1 where absent."""
+        return int(self._row(i)[1]["label"])
+
+    def read_image(self, i: int) -> bytes:
+        """Encoded image of sample i; raises `MissingMember` if it has none."""
+        data = self._read(i, "image")
+        if data is None:
+            raise MissingMember(f"{self.shard_of(i)}: sample {self.key(i)!r} has no image")
+        return data
+
+    def read_text(self, i: int) -> str | None:
+        """Content of `.txt`, None if absent; raises `UnicodeDecodeError` if it is not UTF-8."""
+        data = self._read(i, "text")
+        return None if data is None else data.decode("utf-8")
+
+    def read_json(self, i: int) -> dict | None:
+        """Content of `.json`, None if absent; raises `ValueError` if it is not a JSON object."""
+        data = self._read(i, "json")
+        if data is None:
+            return None
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+
+    def _row(self, i: int) -> tuple[str, np.void]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} in {self.name}")
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        path = self.shards[number].path
+        return path, self._index(path)[i - int(self._ends[number]) + self.shards[number].samples]
+
+    def _read(self, i: int, part: str) -> bytes | None:
+        path, row = self._row(i)
+        offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
+        return None if offset < 0 else self._reader.read(path, offset, size)
+
+
+def open_shards(
+    spec: str | os.PathLike | Sequence[str], kind: str | None = None, name: str | None = None
+) -> ShardSet:
+    """Open a data set.
+
+    `spec`: a folder with `manifest.json`, a folder of tars, a tar, a brace range
+    `a/{00000..00331}.tar`, a glob, or several of these as a list or joined by `::`. A
+    `manifest.json` in the folder, or in the one above `shards/`, gives kind, classes and the
+    expected size of each tar; without one, the set is image_label if every sample has a label,
+    and its classes are the lines of a `classnames.txt` beside the tars or one folder above. A
+    `kind` given here wins. Raises `DataError` for missing or damaged shards, and for an
+    image_label set whose classes or labels are absent or do not fit.
+    """
+    parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    parts = [part for text in parts for part in os.fspath(text).split("::") if part]
+    paths = [str(Path(path)) for part in parts for path in _expand(part)]
+    repeated = [path for path, times in Counter(paths).items() if times > 1]
+    if not paths or repeated:
+        raise DataError(f"{spec}: " + (f"listed twice: {repeated[:10]}" if repeated else "no tar"))
+    if kind not in (None, *KINDS):
+        raise DataError(f"{spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    folders = list(dict.fromkeys(_home(path) for path in paths))
+    manifests = {folder: _load_manifest(folder) for folder in folders}
+    tables = [_load_classes(folder, manifests[folder]) for folder in folders]
+    if any(table != tables[0] for table in tables):
+        raise DataError(
+            f"{spec}: the folders {folders[0]} and others have different class tables, so equal "
+            "ids would mean different classes; configure them as separate sources"
+        )
+    stated = {
+        str(folder / shard["file"]): shard
+        for folder, manifest in manifests.items()
+        for shard in (manifest or {}).get("shards", [])
+    }
+    shards = [_shard_info(path, manifests[_home(path)] and stated.get(path, {})) for path in paths]
+    if kind is None:
+        kinds = {manifest["kind"] if manifest else None for manifest in manifests.values()}
+        if len(kinds) > 1:
+            raise DataError(f"{spec}: folders of different kinds; configure them as two sources")
+        kind = kinds.pop() or _infer_kind(shards)
+    first = manifests[folders[0]]
+    name = name or (first["name"] if first else folders[0].resolve().name)
+    shard_set = ShardSet(name, kind, tables[0], shards)
+    if kind == "image_label":
+        _check_labels(shard_set)
+    return shard_set
+
+
+def write_manifest(
+    folder: str | os.PathLike,
+    name: str,
+    kind: str,
+    classes: Sequence[ClassEntry | dict] | None,
+    source: str,
+    license: str,
+    date: str,
+    attempted: int,
+    extra: dict | None = None,
+) -> dict:
+    """Index and hash the tars in `folder/shards`, check them, and write `folder/manifest.json`.
+
+    `classes`: `ClassEntry`s or dicts with id, synset, names, in id order; required for
+    image_label. `date`: YYYY-MM-DD. `attempted`: samples that were tried; the kept ones are
+    counted. `extra`: further keys. Equal input gives equal bytes. Returns the manifest; raises
+    `DataError` as `open_shards` does.
+    """
+    folder = Path(folder)
+    table = [asdict(c) if isinstance(c, ClassEntry) else dict(c) for c in classes or []]
+    shards = [_hash_shard(path) for path in sorted((folder / "shards").glob("*.tar"))]
+    samples = sum(shard.samples for shard in shards)
+    manifest = {
+        "name": name,
+        "kind": kind,
+        "classes": table,
+        "num_samples": samples,
+        "shards": [
+            {"file": f"shards/{Path(shard.path).name}"}
+            | {key: value for key, value in asdict(shard).items() if key != "path"}
+            for shard in shards
+        ],
+        "source": source,
+        "license": license,
+        "date": date,
+        "yield": {"attempted": attempted, "kept": samples},
+    }
+    clash = sorted(set(extra or {}) & set(manifest))
+    for wrong, what in (
+        (not shards, "no *.tar in shards/"),
+        (kind not in KINDS, f"kind {kind!r} is not one of {', '.join(KINDS)}"),
+        (not re.fullmatch(r"\d{4}-\d{2}-\d{2}", date), f"date {date!r} is not YYYY-MM-DD"),
+        (clash, f"extra keys {clash} belong to the manifest itself"),
+    ):
+        if wrong:
+            raise DataError(f"{folder}: {what}")
+    entries = _parse_classes(folder / MANIFEST, table)
+    if kind == "image_label":
+        _check_labels(ShardSet(name, kind, entries, shards))
+    manifest.update(extra or {})
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    temporary = folder / f"{MANIFEST}.{secrets.token_hex(8)}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+    return json.loads(text)
+
+
+def _hash_shard(path: Path) -> ShardInfo:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardInfo(str(path), len(open_index(path)), path.stat().st_size, digest)
+
+
+def _expand(part: str) -> list[str]:
+    """Tar paths that one part of a spec means; every one exists."""
+    if os.path.isdir(part):
+        manifest = _load_manifest(Path(part))
+        if manifest:
+            found = [os.path.join(part, shard["file"]) for shard in manifest["shards"]]
+            return _require(part, found, "the manifest lists them: restore the files")
+        found = glob.glob(os.path.join(glob.escape(part), "*.tar"))
+        found = found or glob.glob(os.path.join(glob.escape(part), "shards", "*.tar"))
+        if not found:
+            raise DataError(f"{part}: neither {MANIFEST} nor a *.tar file in it or in shards/")
+        return sorted(found)
+    names = list(_expand_braces(part))
+    found = []
+    for pattern in names:
+        if glob.has_magic(pattern) and not os.path.exists(pattern):
+            found.append(sorted(glob.glob(pattern)))
+            if not found[-1]:
+                raise DataError(f"{pattern}: no file matches this glob")
+        else:
+            found.append([pattern])
+    advice = "name an existing tar or folder"
+    if len(names) > 1:
+        advice = "to go on without them, list the existing files with a glob such as '*.tar'"
+    return _require(part, list(itertools.chain.from_iterable(found)), advice)
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """`{000..331}` counts with the width of its first number, `{a,b}` lists; braces multiply."""
+    match = _BRACE.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
+    if numbers:
+        first, last = numbers.groups()
+        step = 1 if int(first) <= int(last) else -1
+        span = range(int(first), int(last) + step, step)
+        options = [str(number).zfill(len(first)) for number in span]
+    else:
+        options = match.group(1).split(",")
+    for option in options:
+        yield from _expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
+
+
+def _require(spec: str, paths: list[str], advice: str) -> list[str]:
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise DataError(
+            f"{spec}: {len(missing)} of {len(paths)} shards are missing: "
+            f"{', '.join(missing[:10])}{', …' if missing[10:] else ''}; {advice}"
+        )
+    return paths
+
+
+def _home(path: str) -> Path:
+    """Folder of the data set that a tar belongs to."""
+    folder = Path(path).parent
+    above = folder.parent
+    return above if folder.name == "shards" and (above / MANIFEST).is_file() else folder
+
+
+def _load_manifest(folder: Path) -> dict | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        complete = manifest["kind"] in KINDS and isinstance(manifest["name"], str)
+        complete = complete and all(
+            {"file", "samples", "bytes"} <= {*s} for s in manifest["shards"]
+        )
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise DataError(
+            f"{path}: not a data set manifest (name, kind image_label or image_text, and shards "
+            "with file, samples, bytes); write it again with: python data_prep/verify.py FOLDER"
+        )
+    return manifest
+
+
+def _shard_info(path: str, stated: dict | None) -> ShardInfo:
+    """Facts about a tar; `DataError` if they are not what its manifest states (None: has none)."""
+    size, samples = os.path.getsize(path), len(open_index(path))
+    if stated is None:
+        return ShardInfo(path, samples, size, None)
+    if (stated.get("bytes"), stated.get("samples")) != (size, samples):
+        raise DataError(
+            f"{path}: {size} bytes, {samples} samples, but the manifest says "
+            f"{stated or 'nothing of this shard'}; restore it, or check and close the set again "
+            "with: python data_prep/verify.py FOLDER"
+        )
+    return ShardInfo(path, samples, size, stated.get("sha256"))
+
+
+def _load_classes(folder: Path, manifest: dict | None) -> list[ClassEntry]:
+    if manifest is not None:
+        return _parse_classes(folder / MANIFEST, manifest.get("classes") or [])
+    for place in (folder, folder.parent):
+        path = place / "classnames.txt"
+        if path.is_file():
+            names = path.read_text(encoding="utf-8").splitlines()
+            table = [{"id": i, "synset": None, "names": [n]} for i, n in enumerate(names)]
+            return _parse_classes(path, table)
+    return []
+
+
+def _parse_classes(path: Path, table: list[dict]) -> list[ClassEntry]:
+    """Check a class table: ids 0..n-1 in order, and non-empty names."""
+    entries = []
+    for position, row in enumerate(table):
+        if row.get("id") != position:
+            raise DataError(f"{path}: class {position} has id {row.get('id')}; ids are 0..n-1")
+        names = row.get("names") or [""]
+        if not all(isinstance(text, str) and text.strip() for text in names):
+            raise DataError(
+                f"{path}: class {position} has no name or an empty one; write its names"
+            )
+        entries.append(ClassEntry(position, row.get("synset"), tuple(names)))
+    return entries
+
+
+def _infer_kind(shards: Sequence[ShardInfo]) -> str:
+    """image_label if every sample has a label; stops at the first shard where one has none."""
+    labelled = all((open_index(shard.path)["label"] != NO_LABEL).all() for shard in shards)
+    return "image_label" if labelled else "image_text"
+
+
+def _check_labels(shard_set: ShardSet) -> None:
+    """`DataError` unless the class table is present and holds the label of every sample."""
+    if not shard_set.classes:
+        raise DataError(
+            f"{shard_set.name}: an image_label set needs a class table: 'classes' in {MANIFEST} "
+            '([{"id": 0, "synset": null, "names": ["cat"]}, …]), or classnames.txt beside the '
+            "tars with one name a line in id order; or open it as kind image_text"
+        )
+    labels = shard_set.labels
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(shard_set.classes)))
+    if len(wrong):
+        i = int(wrong[0])
+        what = "no label" if labels[i] == NO_LABEL else f"label {labels[i]}"
+        raise DataError(
+            f"{shard_set.shard_of(i)}: sample {shard_set.key(i)!r} has {what}, but an image_label "
+            f"set needs 0..{len(shard_set.classes) - 1} ({len(wrong)} such samples); mend .cls or "
+            "json.label, complete the class table, or open the set as kind image_text"
+        )

@@ -1,0 +1,195 @@
+"""Text to token ids: CLIP's byte-pair encoding from a shipped file, or a Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import html
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+
+from loaders.errors import ConfigError
+
+BPE_FILE = Path(__file__).parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
+CLIP_VOCAB_SIZE = 49408
+START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+# OpenAI's padding. Id 0 is also the token "!", but padding follows the end token, where a causal
+# encoder does not look and pooling at the largest id does not reach.
+CLIP_PAD_ID = 0
+# Part of the digest: raise it when `clean_clip_text` changes.
+CLEANING_VERSION = "clip-clean-1"
+
+
+def clean_clip_text(text: str) -> str:
+    """Clean a caption as CLIP does: mend encoding, HTML entities (twice), white space, case.
+
+    Source: openai/CLIP, clip/simple_tokenizer.py. With it the ids equal those of open_clip's
+    tokenizer, but for characters whose letter class differs between the two libraries' Unicode
+    versions, and the long s after an apostrophe, which open_clip reads as the suffix 's.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class Tokenizer:
+    """Callable from texts to a matrix of ids, padded and cut to `context_length`.
+
+    Attributes:
+        vocab_size: number of ids, special tokens included.
+        start_id, end_id, pad_id: ids of the first token, the last token and the padding.
+        context_length: columns of the result.
+        digest: SHA-256 over everything that decides the ids, for checkpoints and result rows.
+    """
+
+    def __init__(
+        self,
+        backend: PreTrainedTokenizerBase,
+        context_length: int,
+        *,
+        start_id: int,
+        end_id: int,
+        pad_id: int,
+        clean: Callable[[str], str] | None,
+        identity: bytes,
+        rebuild: Callable[[], Tokenizer],
+    ) -> None:
+        self._backend = backend
+        self._clean = clean
+        self._rebuild = rebuild
+        self.context_length = context_length
+        self.vocab_size = len(backend)
+        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        settings = f"{context_length} {pad_id}".encode()
+        self.digest = hashlib.sha256(identity + b"\0" + settings).hexdigest()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Tokenize a list of texts.
+
+        A text that is too long is cut so that the end token stays in the last column. The names
+        of special tokens inside a caption are read as ordinary text.
+
+        Returns:
+            (n, context_length) int64.
+
+        Raises:
+            TypeError: `texts` is one string, or holds something that is not a string.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"expected a list of strings, got {texts!r:.100}")
+        ids = torch.full((len(texts), self.context_length), self.pad_id, dtype=torch.int64)
+        if len(texts) == 0:
+            return ids
+        cleaned = [self._clean(text) for text in texts] if self._clean else list(texts)
+        rows = self._backend(
+            cleaned,
+            truncation=True,
+            max_length=self.context_length,
+            split_special_tokens=True,
+            return_attention_mask=False,
+        )["input_ids"]
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes build their own: the Rust backend does not travel with all its settings.
+        return (self._rebuild, ())
+
+
+def _clip_vocabulary(lines: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id and the ordered merges, from the lines of CLIP's merge file.
+
+    The printable bytes come first, then the others mapped to characters from 256 on, then the
+    same 256 as word ends, the merged pairs in order, and the two special tokens.
+    Source: openai/CLIP, clip/simple_tokenizer.py.
+    """
+    merges = [(a, b) for a, b in (line.split() for line in lines)]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(byte) for byte in printable]
+    characters += [chr(256 + index) for index in range(256 - len(printable))]
+    tokens = [*characters, *(character + "</w>" for character in characters)]
+    tokens += [first + second for first, second in merges] + [START_TOKEN, END_TOKEN]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+def _build_clip(context_length: int) -> Tokenizer:
+    packed = BPE_FILE.read_bytes()
+    # The first line is a version comment; the file holds far more merges than CLIP's vocabulary
+    # of 49,408 = 2 * 256 bytes + merges + 2 special tokens has room for.
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : CLIP_VOCAB_SIZE - 512 - 2 + 1]
+    vocabulary, merges = _clip_vocabulary(lines)
+    # `vocab=` and `merges=` on purpose: transformers accepts `vocab_file=` without a word and
+    # then builds a tokenizer of two entries.
+    backend = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    if len(backend) != CLIP_VOCAB_SIZE:
+        raise ConfigError(f"{BPE_FILE}: {len(backend)} tokens instead of {CLIP_VOCAB_SIZE}")
+    # transformers would compose Unicode characters once more, after `clean_clip_text`; CLIP does
+    # not, and "<b>e&#769;" (a text where ftfy leaves entities alone) would get other ids.
+    backend.backend_tokenizer.normalizer = None
+    return Tokenizer(
+        backend,
+        context_length,
+        start_id=vocabulary[START_TOKEN],
+        end_id=vocabulary[END_TOKEN],
+        pad_id=CLIP_PAD_ID,
+        clean=clean_clip_text,
+        identity=packed + CLEANING_VERSION.encode(),
+        rebuild=partial(build, "clip", context_length),
+    )
+
+
+def _first_id(backend: PreTrainedTokenizerBase, name: str, *attributes: str) -> int:
+    for attribute in attributes:
+        value = getattr(backend, attribute)
+        if value is not None:
+            return value
+    raise ConfigError(f"tokenizer '{name}' has none of {attributes}; choose one of an encoder")
+
+
+def _build_hugging_face(name: str, context_length: int) -> Tokenizer:
+    try:
+        backend = AutoTokenizer.from_pretrained(name, padding_side="right", truncation_side="right")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer '{name}' is neither 'clip' nor a Hugging Face name or folder that can be "
+            f"read: {error}"
+        ) from error
+    if not backend.is_fast:
+        raise ConfigError(f"tokenizer '{name}' has no fast version (tokenizer.json)")
+    return Tokenizer(
+        backend,
+        context_length,
+        start_id=_first_id(backend, name, "cls_token_id", "bos_token_id"),
+        end_id=_first_id(backend, name, "sep_token_id", "eos_token_id"),
+        pad_id=_first_id(backend, name, "pad_token_id"),
+        clean=None,
+        identity=backend.backend_tokenizer.to_str().encode(),
+        rebuild=partial(build, name, context_length),
+    )
+
+
+def build(name: str = "clip", context_length: int = 77) -> Tokenizer:
+    """Build a tokenizer.
+
+    Args:
+        name: `clip` for CLIP's byte-pair encoding (offline; start 49406, end 49407, padding 0),
+            anything else is a Hugging Face name or folder.
+        context_length: columns of the result; longer texts are cut.
+
+    Raises:
+        ConfigError: the name cannot be read, or the tokenizer lacks a start, end or padding token.
+    """
+    if context_length < 2:
+        raise ConfigError(
+            f"context_length must be at least 2 (start and end), got {context_length}"
+        )
+    return (
+        _build_clip(context_length) if name == "clip" else _build_hugging_face(name, context_length)
+    )

@@ -1,0 +1,164 @@
+"""The `model:` section of a run's configuration, as dataclasses that refuse unknown keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from loaders.errors import ConfigError
+
+# ImageNet's channel statistics, which UniCL and ELEVATER use (not CLIP's own).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+TEXT_TOWERS = ("transformer", "hf")
+HF_POOLINGS = ("first", "mean")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+class _Section:
+    """Shared reading of one configuration section; `where` names it in error messages."""
+
+    where = ""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build the section from a mapping.
+
+        Raises:
+            ConfigError: `values` is no mapping, or has a key that the section does not have.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.where}: expected a mapping of settings, got {values!r}")
+        known = [item.name for item in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {known}"
+                raise ConfigError(f"unknown key '{cls.where}.{key}': {hint}")
+        return cls(**values)
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            _require(ok, f"{self.where}.{name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ImageConfig(_Section):
+    """Image tower: a preset of `models.image_timm` or any timm name.
+
+    `size` is the side of the square input in pixels, `kwargs` go to `timm.create_model`, and
+    `mean` and `std` are the channel statistics of RGB values in [0, 1].
+    """
+
+    name: str = "swin_tiny"
+    size: int = 224
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    where = "model.image"
+
+    def __post_init__(self) -> None:
+        self._require_positive("size")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            _require(len(value) == 3, f"{self.where}.{name} needs three numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(float(item) for item in value))
+        _require(min(self.std) > 0, f"{self.where}.std must be positive, got {self.std!r}")
+        object.__setattr__(self, "kwargs", dict(self.kwargs or {}))
+
+
+@dataclass(frozen=True)
+class TextConfig(_Section):
+    """Text tower: `transformer` (CLIP's, as UniCL uses it) or `hf` (a Hugging Face encoder).
+
+    `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
+    from its own configuration. `hf_name` is a model name or folder; `hf_config` is a mapping with
+    `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights and
+    a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens that
+    are not padding.
+    """
+
+    name: str = "transformer"
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    context_length: int = 77
+    vocab_size: int = 49408
+    tokenizer: str = "clip"
+    hf_name: str | None = None
+    hf_config: Mapping[str, Any] | None = None
+    pretrained: bool = True
+    pooling: str = "first"
+
+    where = "model.text"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name in TEXT_TOWERS,
+            f"{self.where}.name must be one of {TEXT_TOWERS}, got {self.name!r} "
+            "(for a Hugging Face model write name: hf and hf_name: ...)",
+        )
+        self._require_positive("width", "layers", "heads", "context_length", "vocab_size")
+        _require(
+            self.width % self.heads == 0,
+            f"{self.where}.width ({self.width}) must be divisible by heads ({self.heads})",
+        )
+        _require(
+            self.pooling in HF_POOLINGS,
+            f"{self.where}.pooling must be one of {HF_POOLINGS}, got {self.pooling!r}",
+        )
+        sources = (self.hf_name is not None) + (self.hf_config is not None)
+        if self.name == "hf":
+            _require(sources == 1, f"{self.where}: give exactly one of hf_name and hf_config")
+        else:
+            _require(sources == 0, f"{self.where}: hf_name and hf_config need name: hf")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    """The whole model.
+
+    `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
+    (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_max` bounds the
+    multiplier itself (CLIP: 100); None means no bound.
+    """
+
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    embed_dim: int = 512
+    logit_scale_init: float = 1.0
+    logit_scale_max: float | None = None
+
+    where = "model"
+
+    def __post_init__(self) -> None:
+        for name, section in (("image", ImageConfig), ("text", TextConfig)):
+            value = getattr(self, name)
+            if not isinstance(value, section):
+                object.__setattr__(self, name, section.from_dict(value))
+        self._require_positive("embed_dim")
+        bound = self.logit_scale_max
+        _require(
+            bound is None or bound > 0,
+            f"{self.where}.logit_scale_max must be positive or null, got {bound!r}",
+        )
+
+    def without_pretrained(self) -> ModelConfig:
+        """The same architecture without starting weights, for a checkpoint that replaces them."""
+        kwargs = {key: value for key, value in self.image.kwargs.items() if key != "pretrained"}
+        return dataclasses.replace(
+            self,
+            image=dataclasses.replace(self.image, kwargs=kwargs),
+            text=dataclasses.replace(self.text, pretrained=False),
+        )

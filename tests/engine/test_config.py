@@ -1,0 +1,173 @@
+"""Configuration files, DeepSpeed files and the schedule: what is accepted, what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from engine import config, ds
+from engine.dist import first_host, map_environment
+from engine.schedule import learning_rate
+from loaders.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart_unicl.yaml")
+
+
+def test_base_override_and_interpolation():
+    cfg = config.load(QUICKSTART, ["optim.lr=2e-3", "data.image_text='/d/{00000..00331}.tar'"])
+    assert cfg.optim.lr == 2e-3
+    assert cfg.data.image_text == "/d/{00000..00331}.tar"
+    assert cfg.output_dir == "runs/quickstart/unicl"
+    assert cfg.train.global_batch == 256
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "optim.weight_decai=1",
+            "unknown key .optim.weight_decai.; the nearest is .optim.weight_decay.",
+        ),
+        ("optin.lr=1", "nearest is 'optim'"),
+        ("train.global_batch=many", "train.global_batch"),
+        ("model.image.sizes=3", "model.image.sizes.*size"),
+        ("loss.keep=3", "keep_mib"),
+        ("loss.name=unicle", "there are: .*unicl"),
+        ("train.steps=5", "exactly one of epochs, samples, steps"),
+        ("train.accumulation=0", "at least 1"),
+        ("data.caption_labels=same", "one of unique, by_text"),
+        ("data.max_bad_fraction=2", r"in \[0, 1\]"),
+        ("lr", "key.sub=value"),
+    ],
+)
+def test_wrong_values_are_refused_in_words(override, words):
+    with pytest.raises(ConfigError, match=words):
+        config.load(QUICKSTART, [override])
+
+
+def test_circular_base_and_object_tags_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        config.load(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("name: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        config.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads_and_has_a_head_comment(path):
+    config.load(path)
+    assert path.read_text().startswith("#")
+    assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_shipped_deepspeed_file_resolves(path):
+    cfg = config.load(QUICKSTART)
+    full = ds.resolve(ds.read_json(path), cfg, world_size=2, path=str(path))
+    assert full["train_batch_size"] == 256
+    assert full["train_micro_batch_size_per_gpu"] == 128
+    assert full["gradient_accumulation_steps"] == 1
+    assert full["gradient_clipping"] == 5.0
+    assert ds.precision(full) == (torch.float32 if "fp32" in path.stem else torch.bfloat16)
+    assert "auto" not in json.dumps(full)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gradient_clipping": None}, "silently clip at 1.0"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled"),
+        ({"gradient_clipping": 1.0}, "contradicts"),
+        ({"train_batch_size": 128}, "contradicts"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+    ],
+)
+def test_deepspeed_traps_are_refused(change, words):
+    base = json.loads((ROOT / "ds_configs" / "zero1_fp32.json").read_text())
+    merged = {k: v for k, v in {**base, **change}.items() if v is not None}
+    with pytest.raises(ConfigError, match=words):
+        ds.resolve(merged, config.load(QUICKSTART), world_size=2)
+
+
+def test_batch_that_does_not_divide_is_refused():
+    cfg = config.load(QUICKSTART, ["train.accumulation=5"])
+    with pytest.raises(ConfigError, match="multiple of 15"):
+        ds.resolve(ds.read_json(ROOT / "ds_configs/zero1_fp32.json"), cfg, world_size=3)
+
+
+def test_zero_dimensional_parameter_is_refused():
+    module = torch.nn.Module()
+    module.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match="logit_scale"):
+        ds.initialise(module, None, {}, torch.device("cpu"))
+
+
+def test_linear_scaling_rule_of_the_release():
+    """5e-4 per 512 images is 4e-3 at 4096."""
+    cfg = config.load(
+        QUICKSTART, ["optim.lr_batch=512", "optim.lr=5e-4", "train.global_batch=4096"]
+    )
+    assert math.isclose(config.learning_rates(cfg)["lr"], 4e-3)
+
+
+def test_schedule():
+    def rate(step, kind="cosine"):
+        return learning_rate(step, 110, 10, lr=1.0, warmup_lr=0.0, min_lr=0.1, schedule=kind)
+
+    assert [rate(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert math.isclose(rate(60), 0.1 + 0.9 * 0.5)
+    assert math.isclose(rate(110), 0.1)
+    assert rate(60, "constant") == 1.0
+
+
+def test_steps_from_epochs_samples_and_steps():
+    base = ["train.samples=null", "train.global_batch=100", "optim.warmup_steps=null"]
+    cfg = config.load(QUICKSTART, [*base, "train.epochs=2", "optim.warmup_epochs=0.5"])
+    assert config.count_steps(cfg, epoch_samples=1050) == (21, 6)
+    cfg = config.load(QUICKSTART, [*base, "train.epochs=2", "train.epoch_samples=1000"])
+    assert config.count_steps(cfg, epoch_samples=1050) == (20, 0)
+    cfg = config.load(QUICKSTART, [*base, "train.steps=7"])
+    assert config.count_steps(cfg, epoch_samples=1050) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, ("0", "1", "0", "127.0.0.1", None)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1",
+             "MASTER_ADDR": "h", "MASTER_PORT": "9"},
+            ("3", "4", "1", "h", "9"),
+        ),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
+             "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "123456"},
+            ("5", "8", "1", "gpu03", "33456"),
+        ),
+        # Inside a batch script, outside srun, the numbers describe no process.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, ("0", "1", "0", "127.0.0.1", None)),
+    ],
+)  # fmt: skip
+def test_environment_of_launchers(env, expected):
+    env = dict(env)
+    map_environment(env)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, expected, strict=True):
+        assert value is None or env[name] == value, name
+    assert env["MASTER_PORT"].isdigit()
+
+
+def test_missing_address_is_refused():
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        map_environment({"RANK": "1", "WORLD_SIZE": "2"})
+
+
+def test_first_host():
+    assert first_host("node7") == "node7"
+    assert first_host("gpu[03-05,07],login1") == "gpu03"

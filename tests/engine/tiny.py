@@ -1,0 +1,71 @@
+"""A tiny two-tower model with drop path, and batches of noise, for tests of the engine."""
+
+import torch
+
+import losses
+import models
+from engine import ds, optim
+from engine.config import OptimConfig
+from engine.step import Stepper
+from losses._gather import Gather
+
+MODEL = {
+    "image": {
+        "name": "swin_tiny", "size": 32,
+        "kwargs": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4,
+                   "drop_path_rate": 0.0},
+    },
+    "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 12},
+    "embed_dim": 8,
+}  # fmt: skip
+DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5}
+
+
+def build(name="unicl", drop_path=0.0):
+    torch.manual_seed(5)
+    settings = {**MODEL, "image": {**MODEL["image"]}}
+    settings["image"]["kwargs"] = {**MODEL["image"]["kwargs"], "drop_path_rate": drop_path}
+    return ds.TrainModule(models.build(settings), losses.build(name, {}, DIMS)).train()
+
+
+def make_batch(step, size):
+    generator = torch.Generator().manual_seed(100 + step)
+    text = torch.randint(1, 49000, (size, 1, 12), generator=generator)
+    text[:, :, -1] = 49407
+    labels = torch.randint(-1, 5, (size,), generator=generator)
+    images = torch.randn(size, 2, 3, 32, 32, generator=generator)
+    return {"image": images, "text": text, "label": labels}
+
+
+def cut(batch, part, parts):
+    size = len(batch["label"]) // parts
+    return {key: value[part * size : (part + 1) * size] for key, value in batch.items()}
+
+
+# eps = 1 makes AdamW nearly linear in the gradient: a wrong factor shows, rounding does not.
+OPTIM = OptimConfig(lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.1)
+
+
+def train(
+    rank, world_size, stage, pieces, name="unicl", steps=3, size=12, bf16=False, drop_path=0.0
+):
+    """Weights after `steps` steps of the engine on this rank's share of each batch."""
+    module = build(name, drop_path)
+    optimizer = optim.build(module.model, module.method, OPTIM)
+    config = {
+        "train_batch_size": size,
+        "train_micro_batch_size_per_gpu": size // (world_size * pieces),
+        "gradient_accumulation_steps": pieces,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+    }
+    engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
+    stepper = Stepper(engine, Gather(), seed=3)
+    losses_seen = []
+    for step in range(steps):
+        mine = cut(make_batch(step, size), rank, world_size)
+        out = stepper(step, [cut(mine, piece, pieces) for piece in range(pieces)])
+        losses_seen.append(float(out["loss"]))
+    return {"losses": losses_seen, "weights": {k: v.float() for k, v in ds.full_state(engine)}}

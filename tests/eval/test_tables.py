@@ -1,0 +1,140 @@
+"""Tables, pictures and the page, from rows written here."""
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from eval import plots, render, sources, tables
+from loaders.errors import ConfigError, DataError
+from tests.eval.test_end_to_end import evaluate
+
+
+def result(run, dataset, task, metric, value, **changes):
+    row = {"dataset": dataset, "split": "test", "n": 810, "classes": 28, "metric": metric}
+    row |= {"value": value, "ci95": [value - 2.5, value + 3.25], "task": task}
+    row |= {"protocol": "some protocol", "checkpoint_hash": f"hash_of_{run}", "step": 100}
+    return row | {"run": run, "config_name": run} | changes
+
+
+ROWS = [
+    result("labels", "emoji_twemoji", "zero_shot", "top1", 20.0),
+    result("unicl", "openclipart_classes", "linear_probe", "top1", 61.25, n=400),
+    result("unicl", "emoji_twemoji", "zero_shot", "top1", 43.21),
+    result("unicl", "emoji_twemoji", "zero_shot", "mean_per_class", 40.0),
+    result("labels", "emoji_twemoji", "zero_shot", "mean_per_class", 18.0),
+]
+
+
+def test_cells_join_by_run_and_column_and_missing_ones_name_their_command(tmp_path):
+    text = render.md(tables.join(ROWS, tmp_path / "results"))
+    lines = [
+        [c.strip() for c in t.strip("|").split("|")] for t in text.splitlines() if t[:1] == "|"
+    ]
+    head, body = lines[0], {line[0]: line for line in lines[2:]}
+    top1 = head.index("emoji_twemoji<br>zero-shot top-1<br>n=810, k=28")
+    probe = head.index("openclipart_classes<br>linear probe top-1<br>n=400, k=28")
+    assert top1 < probe  # the registry's order
+    assert body["unicl"][top1] == "43.2 [40.7, 46.5]"
+    assert body["labels"][top1] == "20.0 [17.5, 23.2]"
+    assert body["unicl"][probe].startswith("61.2 [58.8, 64.5]")
+    assert body["labels"][probe] == "—"
+    assert "not ImageNet" in text.splitlines()[0]
+    command = "python -m eval.linear_probe --checkpoint FOLDER_OF_RUN/labels --datasets "
+    assert f"{command}openclipart_classes --output {tmp_path / 'results'}" in text
+    # Never evaluated, but part of the collection: columns with dashes. Optional sets stay out.
+    retrieval = head.index("openclipart_captions<br>retrieval mean R@1,5,10")
+    assert body["unicl"][retrieval] == "—"
+    assert "stamps" not in text
+
+
+def test_command_knows_runs_beside_the_results(tmp_path):
+    (tmp_path / "labels").mkdir()
+    commands = tables.join(ROWS, tmp_path / "results").commands
+    assert any(f"--checkpoint {tmp_path / 'labels'} " in command for command in commands)
+
+
+def test_results_on_another_n_do_not_share_a_column(tmp_path):
+    other = result("labels", "emoji_twemoji", "zero_shot", "top1", 30.0, n=811)
+    columns = tables.join([ROWS[2], other], tmp_path).columns
+    assert [c.n for c in columns if c.metric == "top1" and c.dataset == "emoji_twemoji"] == [
+        810,
+        811,
+    ]
+
+
+def test_checkpoints_of_one_run_are_told_apart(tmp_path):
+    later = result("unicl", "emoji_twemoji", "zero_shot", "top1", 50.0)
+    rows = [*ROWS, later | {"checkpoint_hash": "later", "step": 200}]
+    labels = [line.label for line in tables.join(rows, tmp_path).lines]
+    assert labels == ["labels", "unicl @ step 100", "unicl @ step 200"]
+    rows[-1]["step"] = 100
+    labels = [line.label for line in tables.join(rows, tmp_path).lines]
+    assert labels[1:] == ["unicl @ step 100 (hash_of_)", "unicl @ step 100 (later)"]
+
+
+def test_csv_holds_unrounded_values_and_tex_is_escaped(tmp_path):
+    table = tables.join(ROWS, tmp_path)
+    lines = list(csv.DictReader(io.StringIO(render.csv(table))))
+    by_run = {line["run"]: line for line in lines}
+    name = "emoji_twemoji zero-shot top-1 n=810, k=28"
+    assert float(by_run["unicl"][name]) == 43.21
+    assert float(by_run["unicl"][f"{name} low"]) == pytest.approx(40.71)
+    text = render.tex(table)
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert not re.search(r"(?<!\\)_", body)
+    widths = {line.count(" & ") for line in body.splitlines() if line.endswith(r"\\")}
+    assert widths == {len(table.columns)}
+
+
+def test_command_line_writes_every_format(tmp_path, capsys):
+    with pytest.raises(DataError, match="no result rows"):
+        tables.main([str(tmp_path)])
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tables.main([str(tmp_path)])
+    assert "43.2 [40.7, 46.5]" in capsys.readouterr().out
+    for form in ("tex", "csv", "html", "png"):
+        tables.main(
+            [str(tmp_path), "--format", form, "--output", str(tmp_path / f"out/table.{form}")]
+        )
+    assert Image.open(tmp_path / "out/table.png").width > 800
+    assert "43.2 <small>[40.7, 46.5]" in (tmp_path / "out/table.html").read_text()
+    with pytest.raises(ConfigError, match="needs --output"):
+        tables.main([str(tmp_path), "--format", "png"])
+    (tmp_path / "b.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: not JSON"):
+        tables.main([str(tmp_path)])
+
+
+def test_plots_make_every_picture_and_one_self_contained_page(world, tmp_path):
+    results, output = tmp_path / "results", tmp_path / "plots"
+    plain = ["--runs", str(world / "runs/tiny"), "--results", str(results), "--output", str(output)]
+    for task in ("zero_shot", "linear_probe", "retrieval"):
+        evaluate(task, world, results)
+    plots.main(plain, world / "registry.yaml")
+    for name in plots.CAPTIONS:
+        assert Image.open(output / name).width > 300
+    page = (output / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(plots.CAPTIONS)
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    assert "CC-BY-4.0" in page
+    assert "Twitter and contributors" in page
+
+
+def test_chance_of_mean_recall(tmp_path):
+    column = tables.Column("toy", "retrieval", "mean_recall", 80, None)
+    texts = result("a", "toy", "retrieval", "text_to_image_r1", 1.0, n=50)
+    # Six numbers: 1, 5 and 10 of 50, once per direction.
+    assert plots.chance_level(column, [texts]) == pytest.approx((2 + 10 + 20) / 3)
+    column = tables.Column("toy", "zero_shot", "top1", 80, 25)
+    assert plots.chance_level(column, []) == 4
+
+
+def test_shipped_registry_metrics_all_have_names():
+    for row in sources.Registry().datasets.values():
+        for metrics in row.tasks.values():
+            assert set(metrics) <= set(render.METRICS)

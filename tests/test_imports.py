@@ -1,0 +1,116 @@
+"""Who may import whom: the direction of dependencies, walked over the syntax tree."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OURS = {"train", "engine", "losses", "models", "loaders", "eval", "data_prep", "tests"}
+MAY_USE = {
+    "losses": {"losses"},
+    "models": {"models", "loaders.errors"},
+    "loaders": {"loaders"},
+    "engine": {"engine", "losses", "models", "loaders"},
+    "eval": {"eval", "models", "loaders", "engine.dist"},
+    "data_prep": {"data_prep", "loaders.manifest", "loaders.errors", "loaders.tarreader"},
+}
+FOREIGN = {  # beyond the standard library
+    "losses": {"torch"},
+    "models": {"torch", "timm", "transformers", "safetensors", "yaml"},
+    "loaders": {
+        "numpy",
+        "PIL",
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "ftfy",
+        "tokenizers",
+    },
+}
+# Names that would hide an installed package when train.py puts this folder first on the path.
+SHADOWS = {"datasets", "tokenizers", "accelerate", "wandb", "timm", "torch", "transformers"}
+
+
+def imports(path):
+    """(module, line) of every import in a file, late ones too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module.split(".")[0] in OURS and "." not in node.module:
+                yield from ((f"{node.module}.{a.name}", node.lineno) for a in node.names)
+            else:
+                yield node.module, node.lineno
+
+
+def files(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def allowed(module, names):
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+def test_import_directions():
+    wrong = []
+    for package, may in MAY_USE.items():
+        for path in files(package):
+            for module, line in imports(path):
+                if module.split(".")[0] in OURS and not allowed(module, may):
+                    wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_foreign_packages_stay_where_they_belong():
+    wrong = []
+    for package in MAY_USE:
+        for path in files(package):
+            for module, line in imports(path):
+                top = module.split(".")[0]
+                if top in OURS or top in sys.stdlib_module_names:
+                    continue
+                where = f"{path.relative_to(ROOT)}:{line} imports {module}"
+                if top == "deepspeed" and package != "engine":
+                    wrong.append(where)
+                if package == "data_prep" and top in ("torch", "torchvision", "timm"):
+                    wrong.append(where)
+                if package in FOREIGN and top not in FOREIGN[package]:
+                    wrong.append(where)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_engine_for_evaluation_needs_no_deepspeed():
+    assert not any("deepspeed" in module for module, _ in imports(ROOT / "engine" / "dist.py"))
+
+
+def test_no_name_hides_a_dependency():
+    assert not SHADOWS & {path.stem for path in ROOT.iterdir()}
+
+
+def test_manifest_needs_neither_torch_nor_pil():
+    reached, queue = set(), ["loaders.manifest"]
+    while queue:
+        module = queue.pop()
+        path = ROOT / (module.replace(".", "/") + ".py")
+        if module in reached or not path.exists():
+            continue
+        reached.add(module)
+        for name, _ in imports(path):
+            assert name.split(".")[0] not in ("torch", "PIL", "torchvision"), f"{module}: {name}"
+            queue.append(
+                name
+                if (ROOT / (name.replace(".", "/") + ".py")).exists()
+                else name.rpartition(".")[0]
+            )
+
+
+def test_files_stay_short():
+    long = [
+        f"{path.relative_to(ROOT)}: {count} lines"
+        for package in [*OURS - {"train"}]
+        for path in files(package)
+        if (count := len(path.read_text().splitlines())) > 400
+    ]
+    assert not long, "\n".join(long)
