@@ -6,6 +6,8 @@ False), and gradient clipping must be stated (the library's silent default is 1.
 """
 
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,12 +115,16 @@ def initialise(
     Raises:
         ConfigError: a 0-D parameter, which DeepSpeed's first broadcast cannot take.
     """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns while it finds out
     import deepspeed
     import deepspeed.ops
 
     flat = [name for name, p in module.named_parameters() if p.ndim == 0]
     if flat:
         raise ConfigError(f"0-D parameters crash DeepSpeed, give them shape (1,): {flat}")
+    # Deprecations that only DeepSpeed can follow; ours are seen in the tests.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     if device.type == "cpu":
         # Its shared-memory all-reduce would be compiled now (minutes), and a build that was
         # killed leaves a lock on which the next start waits for ever. gloo is enough here.
@@ -153,7 +159,7 @@ def scale(engine) -> float:
 
     model = engine.module.model
     with deepspeed.zero.GatheredParameters([model.logit_scale]):
-        return float(model.scale())
+        return float(model.scale().detach())
 
 
 def _autos(value: Any, where: str = "") -> Iterator[str]:

@@ -1,0 +1,44 @@
+# make quickstart   environment, training under DeepSpeed on the shipped data, tables and pictures
+# make test         environment and all tests
+# make lint         ruff
+
+PYTHON ?= python3
+RANKS ?= 2
+RUN := runs/quickstart
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat requirements.txt requirements-dev.txt | sha256sum | cut -c1-16)
+RUNS := unicl labels captions
+
+# One thread per rank; no tool may look for a model or a data set on the network.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export HF_DATASETS_OFFLINE ?= 1
+export NO_ALBUMENTATIONS_UPDATE ?= 1
+export PYTHONUNBUFFERED ?= 1
+
+.PHONY: quickstart test lint
+
+$(STAMP): requirements.txt requirements-dev.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+quickstart: $(STAMP)
+	@for run in $(RUNS); do \
+	  $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) \
+	    train.py --config configs/quickstart_$$run.yaml || exit $$?; \
+	done
+	$(BIN)/python -m eval.zero_shot --checkpoint $(RUNS:%=$(RUN)/%) --datasets quickstart --output $(RUN)/results
+	$(BIN)/python -m eval.linear_probe --checkpoint $(RUNS:%=$(RUN)/%) --datasets quickstart --output $(RUN)/results
+	$(BIN)/python -m eval.retrieval --checkpoint $(RUNS:%=$(RUN)/%) --datasets quickstart --output $(RUN)/results
+	$(BIN)/python -m eval.plots --runs $(RUNS:%=$(RUN)/%) --results $(RUN)/results --output $(RUN)/report
+	$(BIN)/python -m eval.tables $(RUN)/results
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
