@@ -14,7 +14,7 @@ from engine import build, checkpoint, dist, ds, optim
 from engine.clock import Clock
 from engine.log import Meter, RunLog
 from engine.schedule import learning_rate
-from engine.signals import StopRequest
+from engine.signals import StopRequest, requeue
 from engine.step import Batch, Stepper
 from loaders.batch import BadSampleCounter, make_loader
 from loaders.errors import NonFiniteLoss
@@ -75,8 +75,10 @@ class Trainer:
                 saved = self.done
             if stop:
                 self.log.say(
-                    f"stopped by {self.stop.received or 'another rank'}; same command continues"
+                    f"stopped by {self.stop.received or 'another rank'} after a checkpoint"
                 )
+                if dist.rank() == 0 and self.stop.received == "SIGUSR1":
+                    self.log.say(requeue())
                 return
         if saved != self.done:
             self._save()

@@ -1,6 +1,8 @@
 """USR1 and TERM set a flag; the loop acts on it at the edge of a step, on all ranks together."""
 
+import os
 import signal
+import subprocess
 
 
 class StopRequest:
@@ -13,3 +15,16 @@ class StopRequest:
 
     def _catch(self, number: int, _frame) -> None:
         self.received = signal.Signals(number).name
+
+
+def requeue() -> str:
+    """Put this SLURM job back into the queue; one line that says what happened.
+
+    For SIGUSR1 only: after SIGTERM SLURM itself requeues a preempted job, and a job that its
+    owner cancelled must stay cancelled.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return "not a SLURM job: the same command continues"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    return f"requeued job {job}" if done.returncode == 0 else f"scontrol requeue: {done.stderr}"
