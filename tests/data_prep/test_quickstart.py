@@ -78,6 +78,7 @@ def test_only_complete_public_domain_drawings_are_usable(body, licence, usable):
     ("raw", "clean"),
     [
         ("B &amp;amp; W", "B & W"),
+        ("a < b &amp; c", "a < b & c"),
         ("chauss\u00c3\u00a9e", "chaussée"),
         ("signs_and_symbols \n traffic", "signs and symbols traffic"),
     ],

@@ -96,16 +96,27 @@ def test_bootstrap_of_one_group_agrees_with_scipy():
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.006)
 
 
-def test_bootstrap_is_stratified_and_seeded():
-    # Independent groups: the variance of the mean of means is sum(p (1 - p) / n_g) / groups**2.
-    values = np.repeat([1.0, 0.0, 1.0, 0.0], [8, 2, 300, 700])
-    groups = np.repeat([3, 3, 9, 9], [8, 2, 300, 700])
+def test_bootstrap_of_unequal_groups_agrees_with_scipy():
+    values = np.repeat([1.0, 0.0, 1.0, 1.0, 0.0], [8, 2, 1, 60, 140])
+    groups = np.repeat([3, 3, 5, 9, 9], [8, 2, 1, 60, 140])  # 5 has one sample, 4 has none
     interval = metrics.bootstrap_interval(values, groups, seed=5)
     assert interval == metrics.bootstrap_interval(values, groups, seed=5)
     assert interval != metrics.bootstrap_interval(values, groups, seed=6)
-    deviation = np.sqrt(0.8 * 0.2 / 10 + 0.3 * 0.7 / 1000) / 2
-    assert interval[1] - interval[0] == pytest.approx(2 * 1.96 * deviation, rel=0.12)
-    assert interval[0] < metrics.mean_of_group_means(values, groups) == 0.55 < interval[1]
+
+    def statistic(value, group):
+        return np.mean([value[group == g].mean() for g in set(group)])
+
+    expected = scipy.stats.bootstrap(
+        (values, groups),
+        statistic,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        n_resamples=4000,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert interval == pytest.approx((expected.low, expected.high), abs=0.012)
+    assert metrics.mean_of_group_means(values, groups) == pytest.approx((0.8 + 1 + 0.3) / 3)
 
 
 def test_retrieval_mean_is_the_mean_of_the_six():
