@@ -5,15 +5,13 @@ without one: kind and classes are then found from the index of the tars. Only nu
 standard library are imported here, so that data preparation runs without torch.
 """
 
-import glob
 import hashlib
-import itertools
 import json
 import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,11 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import DataError
+from loaders.specs import expand
 from loaders.tarreader import NO_LABEL, ShardReader, open_index
 
 KINDS = ("image_label", "image_text")
 MANIFEST = "manifest.json"
-_BRACE = re.compile(r"\{([^{}]*)\}")
 _OPEN_INDEXES = 64  # each memory-mapped index holds a file descriptor
 
 
@@ -152,7 +150,7 @@ def open_shards(
     """
     parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
     parts = [part for text in parts for part in os.fspath(text).split("::") if part]
-    paths = [str(Path(path)) for part in parts for path in _expand(part)]
+    paths = [str(Path(path)) for part in parts for path in expand(part, _listed_tars)]
     repeated = [path for path, times in Counter(paths).items() if times > 1]
     if not paths or repeated:
         raise DataError(f"{spec}: " + (f"listed twice: {repeated[:10]}" if repeated else "no tar"))
@@ -248,59 +246,10 @@ def _hash_shard(path: Path) -> ShardInfo:
     return ShardInfo(str(path), len(open_index(path)), path.stat().st_size, digest)
 
 
-def _expand(part: str) -> list[str]:
-    """Tar paths that one part of a spec means; every one exists."""
-    if os.path.isdir(part):
-        manifest = _load_manifest(Path(part))
-        if manifest:
-            found = [os.path.join(part, shard["file"]) for shard in manifest["shards"]]
-            return _require(part, found, "the manifest lists them: restore the files")
-        found = glob.glob(os.path.join(glob.escape(part), "*.tar"))
-        found = found or glob.glob(os.path.join(glob.escape(part), "shards", "*.tar"))
-        if not found:
-            raise DataError(f"{part}: neither {MANIFEST} nor a *.tar file in it or in shards/")
-        return sorted(found)
-    names = list(_expand_braces(part))
-    found = []
-    for pattern in names:
-        if glob.has_magic(pattern) and not os.path.exists(pattern):
-            found.append(sorted(glob.glob(pattern)))
-            if not found[-1]:
-                raise DataError(f"{pattern}: no file matches this glob")
-        else:
-            found.append([pattern])
-    advice = "name an existing tar or folder"
-    if len(names) > 1:
-        advice = "to go on without them, list the existing files with a glob such as '*.tar'"
-    return _require(part, list(itertools.chain.from_iterable(found)), advice)
-
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """`{000..331}` counts with the width of its first number, `{a,b}` lists; braces multiply."""
-    match = _BRACE.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match.group(1))
-    if numbers:
-        first, last = numbers.groups()
-        step = 1 if int(first) <= int(last) else -1
-        span = range(int(first), int(last) + step, step)
-        options = [str(number).zfill(len(first)) for number in span]
-    else:
-        options = match.group(1).split(",")
-    for option in options:
-        yield from _expand_braces(pattern[: match.start()] + option + pattern[match.end() :])
-
-
-def _require(spec: str, paths: list[str], advice: str) -> list[str]:
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise DataError(
-            f"{spec}: {len(missing)} of {len(paths)} shards are missing: "
-            f"{', '.join(missing[:10])}{', …' if missing[10:] else ''}; {advice}"
-        )
-    return paths
+def _listed_tars(folder: Path) -> list[str] | None:
+    """Tars that a folder's manifest lists; None without a manifest."""
+    manifest = _load_manifest(folder)
+    return manifest and [os.path.join(folder, shard["file"]) for shard in manifest["shards"]]
 
 
 def _home(path: str) -> Path:
