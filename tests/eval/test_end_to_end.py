@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from eval import linear_probe, retrieval, sources, zero_shot
+from eval import cli, linear_probe, retrieval, sources, zero_shot
 from loaders import manifest, tokenizers, views
 from models import weights
 from tests import multiprocess
@@ -127,11 +127,12 @@ def test_retrieval_equals_brute_force(world, tmp_path):
 def all_tasks(rank, world_size, world, output):
     for task in TASKS:
         command(task, world, output)
+    return cli.make_accelerator().num_processes
 
 
 def test_two_processes_give_the_same_bits_and_order_as_one(world, tmp_path):
     # 23 and 19 images in batches of 4: the last round is partly padding on both ranks.
-    multiprocess.run(all_tasks, 2, world, tmp_path / "two")
+    assert multiprocess.run(all_tasks, 2, world, tmp_path / "two") == [2, 2]
     all_tasks(0, 1, world, tmp_path / "one")
     for kind in (".features/*.safetensors", "*.jsonl"):
         one, two = (sorted((tmp_path / name).glob(kind)) for name in ("one", "two"))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from eval import linear_probe
 from loaders.errors import DataError
@@ -32,3 +33,16 @@ def test_search_prefers_strong_regularisation_for_noise_and_none_for_separable_d
     assert chosen in linear_probe.C_GRID
     assert score(chosen) >= max(score(c) for c in linear_probe.C_GRID[::16])
     assert score(chosen) > score(1e-6) or chosen == 1e-6
+
+
+def test_probe_standardises_by_the_training_part():
+    random = np.random.default_rng(0)
+    scale = np.logspace(-2, 2, 6)
+    noise = random.normal(size=(200, 6))
+    x, y = noise * scale + 3, noise[:, :3].argmax(axis=1)
+    new = random.normal(size=(50, 6)) * scale * 2
+    standard = LogisticRegression(C=0.05, solver="newton-cholesky", tol=1e-10)
+    standard.fit((x - x.mean(axis=0)) / x.std(axis=0), y)
+    expected = standard.predict_proba((new - x.mean(axis=0)) / x.std(axis=0))
+    got = linear_probe.probe(0.05).fit(x, y).predict_proba(new)
+    np.testing.assert_allclose(got, expected, atol=2e-3)

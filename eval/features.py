@@ -1,0 +1,160 @@
+"""Feature extraction over one or many processes, with a cache on disk that cannot go stale."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from eval.sources import EvalSplit
+from loaders import tokenizers, views
+from models.config import ModelConfig
+from models.weights import LoadedRun
+
+Features = dict[str, torch.Tensor]
+
+
+def rank_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Sample indices of every batch of `rank`: batch j of the data set goes to rank j mod W.
+
+    All batches are full and all ranks have equally many: the end is padded with the last sample.
+    So the composition and shape of a batch do not depend on W, nor do its features, to the bit.
+    """
+    rounds = -(-n // (batch_size * world_size))
+    padded = [min(i, n - 1) for i in range(rounds * batch_size * world_size)]
+    starts = range(rank * batch_size, len(padded), batch_size * world_size)
+    return [padded[start : start + batch_size] for start in starts]
+
+
+@torch.inference_mode()
+def encode(
+    accelerator: Accelerator,
+    dataset,
+    encode_batch: Callable[[torch.Tensor], Features],
+    batch_size: int,
+    workers: int,
+    title: str,
+) -> Features | None:
+    """Features of a map-style `dataset` of tensors: main process {"feature": (n, D), "pooled":
+    (n, W)} float32 on the CPU in the order of the data set, other processes None.
+
+    Every process must call it. Progress and remaining time are shown by the main process.
+    """
+    n = len(dataset)
+    batches = rank_batches(n, batch_size, accelerator.process_index, accelerator.num_processes)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    parts: dict[str, list[torch.Tensor]] = {"feature": [], "pooled": []}
+    for batch in tqdm(loader, desc=title, unit="batch", disable=not accelerator.is_main_process):
+        output = encode_batch(batch.to(accelerator.device, non_blocking=True))
+        for name, kept in parts.items():
+            # One round of all ranks is one contiguous stretch of the data set.
+            gathered = accelerator.gather(output[name].float().contiguous())
+            if accelerator.is_main_process:
+                kept.append(gathered.cpu())
+    if not accelerator.is_main_process:
+        return None
+    return {name: torch.cat(kept)[:n] for name, kept in parts.items()}
+
+
+def cached(
+    accelerator: Accelerator,
+    folder: Path,
+    description: dict,
+    compute: Callable[[], Features | None],
+) -> Features | None:
+    """`compute()`, or what it returned last time for an equal `description` (JSON values).
+
+    The file name holds a hash of the whole description. Only the main process reads, writes and
+    gets features. Every process must call it.
+    """
+    text = json.dumps(description, sort_keys=True)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    hit = [path.exists()]
+    broadcast_object_list(hit)
+    if hit[0]:
+        return load_file(path) if accelerator.is_main_process else None
+    features = compute()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial_file = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(features, partial_file, metadata={"description": text})
+        os.replace(partial_file, path)
+    return features
+
+
+@dataclass
+class Extractor:
+    """One frozen model with its tokenizer, transform constants and feature cache."""
+
+    accelerator: Accelerator
+    run: LoadedRun
+    cache: Path
+    batch_size: int
+    workers: int
+
+    def __post_init__(self) -> None:
+        config = ModelConfig.from_dict(self.run.cfg["model"])
+        self.size = config.image.size
+        self.mean, self.std = config.image.mean, config.image.std
+        self.tokenizer = tokenizers.build(config.text.tokenizer, config.text.context_length)
+        self.model = self.run.model.to(self.accelerator.device).float().eval()
+
+    def images(self, split: EvalSplit) -> Features | None:
+        """Image features of a split: {"feature": (n, D), "pooled": (n, W)}; see `encode`."""
+        description = {
+            "checkpoint": self.run.checkpoint_hash,
+            "kind": "image",
+            "transform": [split.resize, split.crop, "bicubic", self.mean, self.std],
+            "dataset": split.content_hash,
+        }
+
+        def encode_batch(images: torch.Tensor) -> Features:
+            return self.model.encode_image(views.normalize(images, self.mean, self.std))
+
+        title = f"{split.row.name} {split.split} images"
+        return self._run(description, split, encode_batch, self.workers, title)
+
+    def texts(self, texts: list[str], title: str) -> Features | None:
+        """Text features {"feature": (n, D), "pooled": (n, W)}; see `encode`."""
+        description = {
+            "checkpoint": self.run.checkpoint_hash,
+            "kind": "text",
+            "tokenizer": [self.tokenizer.digest, self.tokenizer.context_length],
+            "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        }
+        token_ids = self.tokenizer(texts)
+        return self._run(description, token_ids, self.model.encode_text, 0, title)
+
+    def _run(self, description, dataset, encode_batch, workers, title) -> Features | None:
+        compute = partial(
+            encode, self.accelerator, dataset, encode_batch, self.batch_size, workers, title
+        )
+        return cached(self.accelerator, self.cache, description, compute)
+
+    def class_weights(self, names: list[str], templates: list[str]) -> torch.Tensor | None:
+        """Zero-shot classifier (K, D): per class the mean over templates of the normalised text
+        features, normalised again (as in the UniCL and CLIP evaluators).
+
+        Main process only, others get None. Every process must call it.
+        """
+        prompts = [template.replace("{}", name) for name in names for template in templates]
+        features = self.texts(prompts, "class prompts")
+        if features is None:
+            return None
+        per_template = features["feature"].view(len(names), len(templates), -1)
+        return F.normalize(F.normalize(per_template, dim=-1).mean(dim=1), dim=-1)

@@ -1,0 +1,116 @@
+"""Result rows: one JSON object per number, in files that are replaced as a whole."""
+
+import hashlib
+import json
+import os
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from eval.sources import REPOSITORY, EvalDataset
+from loaders.errors import DataError
+from models.weights import LoadedRun
+
+
+def prompt_digest(texts: list[str], templates: list[str]) -> str:
+    """SHA-256 over the class texts and templates, in their order."""
+    return hashlib.sha256(json.dumps([texts, templates]).encode()).hexdigest()
+
+
+def git_hash() -> str:
+    """Commit of the repository; "unknown" outside a git checkout."""
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run_folder(run: LoadedRun) -> Path:
+    """RUN of RUN/checkpoints/step_0001000."""
+    return run.path.resolve().parents[1]
+
+
+def run_name(run: LoadedRun) -> str:
+    """Name of the run folder, which names the run in rows and pictures."""
+    return run_folder(run).name
+
+
+def samples_seen(run: LoadedRun) -> int | None:
+    """Samples trained on up to the checkpoint's step, from the run's metrics.jsonl; null if the
+    log has no line for that step."""
+    log = run_folder(run) / "metrics.jsonl"
+    if not log.exists():
+        return None
+    records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
+    seen = [r["samples"] for r in records if r.get("step") == run.step and "samples" in r]
+    return seen[-1] if seen else None
+
+
+def make_rows(
+    run: LoadedRun,
+    dataset: EvalDataset,
+    task: str,
+    metrics: dict[str, dict],
+    classes: int | None,
+    protocol: str,
+    digest: str | None,
+) -> list[dict]:
+    """One row per metric that the registry names for this task, in its order."""
+    common = {
+        "task": task,
+        "protocol": protocol,
+        "checkpoint_hash": run.checkpoint_hash,
+        "step": run.step,
+        "samples_seen": samples_seen(run),
+        "run": run_name(run),
+        # A configuration need not have a name; the folder's then says which one it was.
+        "config_name": run.cfg.get("name", run_name(run)),
+        "prompt_digest": digest,
+        "git_hash": git_hash(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return [
+        {
+            "dataset": dataset.name,
+            "split": "test",
+            "n": metrics[name]["n"],
+            "classes": classes,
+            "metric": name,
+            "value": metrics[name]["value"],
+            "ci95": metrics[name]["ci95"],
+            **common,
+        }
+        for name in dataset.tasks[task]
+    ]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of one .jsonl file; a line that is not JSON raises DataError with its number."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+    return rows
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    """Put `rows` into FOLDER/<run>_<task>.jsonl by atomic rename and return its path.
+
+    Rows there with the same run, checkpoint hash, data set and task are replaced.
+    """
+    path = folder / f"{rows[0]['run']}_{rows[0]['task']}.jsonl"
+
+    def key(row: dict) -> tuple:
+        return row["run"], row["checkpoint_hash"], row["dataset"], row["task"]
+
+    replaced = {key(row) for row in rows}
+    kept = [r for r in read_rows(path) if key(r) not in replaced] if path.exists() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_suffix(f".{os.getpid()}.tmp")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
+    partial_file.write_text(text, encoding="utf-8")
+    os.replace(partial_file, path)
+    return path
