@@ -58,7 +58,8 @@ def test_multitask_is_the_sum_of_its_parts():
     torch.manual_seed(1)
     image, text = (F.normalize(torch.randn(8, 6).double(), dim=1) for _ in range(2))
     logits, labels = torch.randn(8, 5).double(), torch.tensor([0, -1, -1, 3, -1, 2, 2, -1])
-    features = {"image": image, "text": text, "logits": logits, "scale": torch.full((8,), 9.0).double()}
+    scale = torch.full((8,), 9.0).double()
+    features = {"image": image, "text": text, "logits": logits, "scale": scale}
     out = losses.build("multitask", {}, DIMS)(features, labels, Gather())
     label, pair = labels >= 0, labels < 0
     truth = torch.arange(int(pair.sum()))
