@@ -50,7 +50,6 @@ class TrainConfig:
     steps: int | None = None
     epoch_samples: int | None = None  # samples of an epoch; null: all samples of all sources
     grad_checkpointing: bool = False
-    compile: bool = False
 
 
 @dataclass

@@ -171,9 +171,6 @@ def build_engine(plan: build.Plan, device: torch.device):
     method = build.build_method(plan, model)
     optimizer = optim.build(model, method, cfg.optim)
     module = ds.TrainModule(model, method).to(device).train()
-    if cfg.train.compile:
-        model.image.compile()
-        model.text.compile()
     return ds.initialise(module, optimizer, plan.deepspeed, device)
 
 

@@ -51,12 +51,22 @@ def name(line: "Line") -> str:
 
 
 def md(table: "Table") -> str:
-    """GitHub Markdown."""
-    head = ["run", *("<br>".join(filter(None, header(c))) for c in table.columns)]
-    body = [[name(line), *(cell(line, c) for c in table.columns)] for line in table.lines]
-    grid = [head, ["---", *("---:" for _ in table.columns)], *body]
-    text = [f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in grid), "", LEGEND, ""]
-    text += [f"- {note}" for note in table.notes]
+    """GitHub Markdown, a line per measure and a column per run: it stays narrow on a terminal."""
+    head = ["data set", "measure", "n", *(name(line) for line in table.lines)]
+    body = []
+    for column in table.columns:
+        dataset, measure, samples = header(column)
+        body.append([dataset, measure, samples, *(cell(line, column) for line in table.lines)])
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    rule = ["-" * width if i < 3 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    text = [f"**{table.title}**", ""]
+    for row in (head, rule, *body):
+        cells = [
+            c.ljust(w) if i < 3 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        text.append(f"| {' | '.join(cells)} |")
+    text += ["", LEGEND, "", *(f"- {note}" for note in table.notes)]
     if table.commands:
         text += ["", FILL, "", "```", *table.commands, "```"]
     return "\n".join(text) + "\n"

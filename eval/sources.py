@@ -167,13 +167,18 @@ class EvalSplit(Dataset):
         return distinct, owner
 
 
+def absent_splits(row: EvalDataset) -> list[str]:
+    """Names of the splits of `row` that are not on disk."""
+    return [split for split in row.splits if not (row.folder(split) / "manifest.json").exists()]
+
+
 def present(row: EvalDataset) -> bool:
     """Whether all splits of `row` are on disk.
 
     Absent and optional: prints how to obtain it and returns False. Absent and not optional:
     raises DataError.
     """
-    absent = [s for s in row.splits if not (row.folder(s) / "manifest.json").exists()]
+    absent = absent_splits(row)
     if not absent:
         return True
     message = f"{row.name}: {row.folder(absent[0])} is not there; obtain it with: {row.obtain}"

@@ -69,7 +69,7 @@ def _labels(found: list[dict]) -> dict[tuple, str]:
 
 def _columns(found: list[dict], registry: sources.Registry) -> list[Column]:
     """Columns in the registry's order: what was measured, and what a collection that was touched
-    still lacks (absent optional sets left out)."""
+    still lacks."""
     measured = {
         Column(*(row[k] for k in ("dataset", "task", "metric", "n", "classes"))) for row in found
     }
@@ -82,9 +82,7 @@ def _columns(found: list[dict], registry: sources.Registry) -> list[Column]:
     position = {key: i for i, key in enumerate(expected)}
     due = {name for c in registry.collections.values() if touched & set(c) for name in c}
     lacking = [
-        Column(*key, n=None, classes=None)
-        for key in expected
-        if key[0] in due and key not in seen and not registry.datasets[key[0]].optional
+        Column(*key, n=None, classes=None) for key in expected if key[0] in due and key not in seen
     ]
 
     def order(column: Column) -> tuple:
@@ -118,7 +116,14 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
         f"{dataset}, {render.TASKS[task]} ({', '.join(runs)}): {protocol}."
         for (dataset, task, protocol), runs in protocols.items()
     ]
-    return Table(TITLE, columns, list(lines.values()), notes, _commands(lines, columns, folder))
+    commands = [
+        row.obtain
+        for row in registry.datasets.values()
+        if any(column.dataset == row.name and column.n is None for column in columns)
+        and sources.absent_splits(row)
+    ]
+    commands = [*dict.fromkeys(commands), *_commands(lines, columns, folder)]
+    return Table(TITLE, columns, list(lines.values()), notes, commands)
 
 
 def _commands(lines: dict[tuple, Line], columns: list[Column], folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -34,21 +35,29 @@ def test_cells_join_by_run_and_column_and_missing_ones_name_their_command(tmp_pa
     lines = [
         [c.strip() for c in t.strip("|").split("|")] for t in text.splitlines() if t[:1] == "|"
     ]
-    head, body = lines[0], {line[0]: line for line in lines[2:]}
-    top1 = head.index("emoji_twemoji<br>zero-shot top-1<br>n=810, k=28")
-    probe = head.index("openclipart_classes<br>linear probe top-1<br>n=400, k=28")
-    assert top1 < probe  # the registry's order
-    assert body["unicl"][top1] == "43.2 [40.7, 46.5]"
-    assert body["labels"][top1] == "20.0 [17.5, 23.2]"
-    assert body["unicl"][probe].startswith("61.2 [58.8, 64.5]")
-    assert body["labels"][probe] == "—"
+    head, body = (
+        lines[0],
+        [(tuple(line[:3]), dict(zip(lines[0], line, strict=True))) for line in lines[2:]],
+    )
+    cells = dict(body)
+    order = [key for key, _ in body]
+    top1 = ("emoji_twemoji", "zero-shot top-1", "n=810, k=28")
+    probe = ("openclipart_classes", "linear probe top-1", "n=400, k=28")
+    assert head[:3] == ["data set", "measure", "n"]
+    assert order.index(top1) < order.index(probe)  # the registry's order
+    assert cells[top1]["unicl"] == "43.2 [40.7, 46.5]"
+    assert cells[top1]["labels"] == "20.0 [17.5, 23.2]"
+    assert cells[probe]["unicl"].startswith("61.2 [58.8, 64.5]")
+    assert cells[probe]["labels"] == "—"
     assert "not ImageNet" in text.splitlines()[0]
     command = "python -m eval.linear_probe --checkpoint FOLDER_OF_RUN/labels --datasets "
-    assert f"{command}openclipart_classes --output {tmp_path / 'results'}" in text
-    # Never evaluated, but part of the collection: columns with dashes. Optional sets stay out.
-    retrieval = head.index("openclipart_captions<br>retrieval mean R@1,5,10")
-    assert body["unicl"][retrieval] == "—"
-    assert "stamps" not in text
+    assert f"{command}openclipart_classes" in text
+    assert f"--output {tmp_path / 'results'}" in text
+    # Never evaluated, but part of the collection: a line of dashes, and how to get what is absent.
+    assert cells["openclipart_captions", "retrieval mean R@1,5,10", ""]["unicl"] == "—"
+    assert cells["stamps_classes", "zero-shot top-1", ""]["unicl"] == "—"
+    stamps = Path(sources.REPOSITORY / "data/quickstart/stamps/manifest.json").exists()
+    assert ("python data_prep/quickstart.py --stamps" in text) != stamps
 
 
 def test_command_knows_runs_beside_the_results(tmp_path):
