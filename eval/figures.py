@@ -28,7 +28,7 @@ def new_figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Fi
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as PNG and free it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
