@@ -114,8 +114,8 @@ class TripletDataset(Dataset):
                 return {**sample, "uid": uid, "source": source, "step": step, "bad": bad}
         raise DataError(
             f"{self.sources[source].name}: {ATTEMPTS} bad samples in a row, the last: "
-            f"{bad[-1].shard}, sample {bad[-1].key!r}, {bad[-1].reason}; find them all with: "
-            "python data_prep/verify.py FOLDER"
+            f"{bad[-1].shard}, sample {bad[-1].key!r}, {bad[-1].reason}; check that "
+            "shard, or leave it out"
         )
 
     def _make(self, source: int, index: int, seed: int) -> dict:
@@ -246,8 +246,8 @@ class BadSampleCounter:
         first = "".join(f"\n  {s.shard} sample {s.key}: {s.reason}" for s in self.first)
         raise TooManyBadSamples(
             f"{total_bad} bad among {total_seen} samples, more than the fraction "
-            f"{self.max_fraction} that data.max_bad_fraction allows; check the shards with "
-            "python data_prep/verify.py FOLDER, or raise it. Counts of this rank:"
+            f"{self.max_fraction} that data.max_bad_fraction allows; replace the shards "
+            "named below, or raise it. Counts of this rank:"
             f"{counts}\nFirst ones of this rank:{first}"
         )
 

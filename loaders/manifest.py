@@ -274,7 +274,7 @@ def _load_manifest(folder: Path) -> dict | None:
     if not complete:
         raise DataError(
             f"{path}: not a data set manifest (name, kind image_label or image_text, and shards "
-            "with file, samples, bytes); write it again with: python data_prep/verify.py FOLDER"
+            "with file, samples, bytes); write it again with loaders.manifest.write_manifest"
         )
     return manifest
 
@@ -287,8 +287,8 @@ def _shard_info(path: str, stated: dict | None) -> ShardInfo:
     if (stated.get("bytes"), stated.get("samples")) != (size, samples):
         raise DataError(
             f"{path}: {size} bytes, {samples} samples, but the manifest says "
-            f"{stated or 'nothing of this shard'}; restore it, or check and close the set again "
-            "with: python data_prep/verify.py FOLDER"
+            f"{stated or 'nothing of this shard'}; restore it, or write the manifest "
+            "again with loaders.manifest.write_manifest"
         )
     return ShardInfo(path, samples, size, stated.get("sha256"))
 

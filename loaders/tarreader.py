@@ -29,7 +29,7 @@ NO_LABEL = -1
 INDEX_FOLDER = ".index"
 INDEX_VERSION = 1
 INDEX_ENVIRONMENT = "UNICL_INDEX_DIR"
-MEND = "download the shard again, or find all damaged ones with: python data_prep/verify.py FOLDER"
+MEND = "download or write the shard again"
 
 _BLOCK = 512
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name or pax record; a real one has some hundred bytes

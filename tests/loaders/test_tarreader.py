@@ -101,7 +101,7 @@ def broken(path, what):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("truncated", "truncated.*'two.jpg'.*sample 'two'.*verify.py"),
+        ("truncated", "truncated.*'two.jpg'.*sample 'two'.*again"),
         ("no end mark", "truncated after member 'one.cls'"),
         ("empty file", "empty file"),
         ("only end mark", "empty: no sample"),
