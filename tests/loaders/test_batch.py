@@ -218,7 +218,7 @@ def test_bad_samples_are_the_same_for_any_workers(spoiled):
 def test_a_source_of_only_bad_samples_ends(tmp_path):
     members = [("one.txt", b"no image"), *sample("two", jpg=b"junk", txt=b"x")]
     shards = open_shards(write_tar(tmp_path / "0.tar", members))
-    with pytest.raises(DataError, match=rf"{ATTEMPTS} bad samples in a row.*0\.tar.*verify"):
+    with pytest.raises(DataError, match=rf"{ATTEMPTS} bad samples in a row.*0\.tar.*leave it out"):
         make_dataset([shards])[0, 0, 0]
 
 
