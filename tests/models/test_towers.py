@@ -33,6 +33,7 @@ def test_pooled_features_are_timms(name, size, tokens):
     )
     plain.load_state_dict(tower.trunk.state_dict(), strict=False)
     images = torch.randn(2, 3, size, size)
+    images = images.contiguous(memory_format=torch.channels_last)  # the layout the tower uses
     with torch.no_grad():
         pooled, sequence = tower(images)
         torch.testing.assert_close(pooled, plain.eval()(images), rtol=0, atol=1e-6)
@@ -43,7 +44,7 @@ def test_pooled_features_are_timms(name, size, tokens):
 
 def test_feature_maps_are_flattened_row_by_row():
     tower = TimmTower(ImageConfig(name="resnet18", size=64)).eval()
-    images = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         maps, sequence = tower.trunk.forward_features(images), tower(images)[1]
     assert torch.equal(sequence[0, 1], maps[0, :, 0, 1])  # second token: first row, second column
