@@ -20,8 +20,8 @@ class StopRequest:
 def requeue() -> str:
     """Put this SLURM job back into the queue; one line that says what happened.
 
-    For SIGUSR1 only: after SIGTERM SLURM itself requeues a preempted job, and a job that its
-    owner cancelled must stay cancelled.
+    For SIGUSR1 only. SIGTERM may mean that the owner cancelled the job, which must then stay
+    cancelled; a job that ends on it is continued by submitting it again.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
