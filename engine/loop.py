@@ -33,6 +33,7 @@ class Trainer:
         self.plan, self.cfg, self.device = plan, plan.cfg, device
         self.folder = Path(plan.cfg.output_dir)
         self.identity = plan.identity()
+        self.image = build.model_config(plan.cfg).image
         self.engine = build_engine(plan, device)
         self.done = 0
         last = checkpoint.last_good(self.folder)
@@ -105,14 +106,13 @@ class Trainer:
             yield [self._to_device(batch) for batch in raw]
 
     def _to_device(self, batch: Batch) -> Batch:
-        image = build.model_config(self.cfg).image
         moved = {
             key: value.to(self.device, non_blocking=True)
             for key, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
         dtype = ds.precision(self.plan.deepspeed)
-        moved["image"] = normalize(moved["image"], image.mean, image.std, dtype)
+        moved["image"] = normalize(moved["image"], self.image.mean, self.image.std, dtype)
         return {**moved, "bad": batch["bad"]}
 
     def _set_learning_rate(self, step: int) -> float:

@@ -76,6 +76,9 @@ class Order:
             self._shards.append(np.concatenate(parts))
         self.stream_sizes = [int(table[:, 1].sum()) for table in self._shards]
         self._pattern = _pattern([stream.weight for stream in self.streams])
+        # Samples of each stream in every global batch.
+        repeats = batch_size / len(self._pattern)
+        self.shares = [round(stream.weight * repeats) for stream in self.streams]
         self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
         self._passes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._check()
@@ -93,12 +96,6 @@ class Order:
                     f"{stream.name} has {size} samples, fewer than the {share} of them that one "
                     f"global batch of {self.batch_size} needs; lower train.global_batch"
                 )
-
-    @property
-    def shares(self) -> list[int]:
-        """Samples of each stream in every global batch."""
-        repeats = self.batch_size / len(self._pattern)
-        return [round(np.sum(self._pattern == k) * repeats) for k in range(len(self.streams))]
 
     def passes(self, step: int) -> list[float]:
         """How often each stream has been run through before `step`."""

@@ -23,7 +23,8 @@ def build(name: str, cfg: dict[str, Any] | None = None, dims: dict[str, int] | N
     Raises:
         ValueError: unknown method or unknown key; the message names the nearest one.
     """
-    return find(name)(read_config(find(name).Config, dict(cfg or {}), f"loss.{name}"), dims or {})
+    method = find(name)
+    return method(read_config(method.Config, dict(cfg or {}), f"loss.{name}"), dims or {})
 
 
 def find(name: str) -> type[Method]:
