@@ -120,12 +120,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if it is true on one: how ranks agree to stop at the same step."""
-    value = torch.tensor([float(flag)], device=device)
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers: how they agree to stop at the same step, and why."""
+    number = torch.tensor([value], device=device)
     if dist.is_initialized():
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number.item())
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,16 +71,15 @@ class Trainer:
             if self.done % self.cfg.log.every_steps == 0 or self.done == self.plan.steps:
                 self._report(rate)
             self.log.advance()
-            stop = dist.any_rank(self.stop.received is not None, self.device)
+            stop = dist.max_over_ranks(self.stop.received, self.device)
             if stop or self.done % self.cfg.log.save_every_steps == 0:
                 self._save()
                 saved = self.done
             if stop:
-                self.log.say(
-                    f"stopped by {self.stop.received or 'another rank'} after a checkpoint"
-                )
-                if dist.rank() == 0 and self.stop.received == "SIGUSR1":
-                    self.log.say(requeue())
+                name = signal.Signals(stop).name
+                self.log.say(f"stopped by {name} after a checkpoint")
+                if dist.rank() == 0:
+                    self.log.say(requeue(name))
                 return
         if saved != self.done:
             self._save()
