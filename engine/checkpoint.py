@@ -3,6 +3,7 @@
     RUN/checkpoints/step_0001000/{mp_rank_00_model_states.pt, …}   as DeepSpeed writes them
     RUN/checkpoints/step_0001000/model.safetensors                 whole weights, any ZeRO stage
     RUN/checkpoints/step_0001000/run.json                          step, ranks, what must not change
+    RUN/checkpoints/step_0001000.universal/                        see engine/universal.py
     RUN/checkpoints/LAST_GOOD                                      name of the last complete one
 
 `LAST_GOOD` is replaced atomically after all ranks have finished, so a run that is cut off while
@@ -17,7 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from engine import dist, ds
+from engine import dist, ds, universal
 from loaders.errors import DataError
 
 POINTER = "LAST_GOOD"
@@ -54,7 +55,10 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
     """
     root = folder / "checkpoints"
     target = root / f"step_{step:07d}"
-    engine.save_checkpoint(str(root), tag=target.name, client_state={"step": step})
+    facts: dict[str, Any] = {"step": step}
+    if engine.zero_optimization_stage() == 0:  # which state is whose, to continue elsewhere
+        facts["unicl_parameter_order"] = universal.parameter_order(engine)
+    engine.save_checkpoint(str(root), tag=target.name, client_state=facts)
     weights = dict(ds.full_state(engine))
     if dist.rank() == 0:
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
@@ -80,23 +84,21 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
 
 
 def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
-    """Restore weights, optimizer and step; returns the number of steps done.
+    """Restore weights, optimizer and step; returns the number of steps done. Collective.
+
+    A checkpoint of another number of ranks or ZeRO stage is converted first.
 
     Raises:
-        DataError: the checkpoint belongs to another configuration, world size or ZeRO stage;
-            the message names every difference.
+        DataError: the checkpoint belongs to another configuration (every difference is named),
+            or DeepSpeed cannot read it.
     """
     facts = json.loads((checkpoint / "run.json").read_text())
     check_identity(facts, identity, checkpoint)
-    for name, value in (
-        ("world_size", dist.world_size()),
-        ("zero_stage", engine.zero_optimization_stage()),
-    ):
-        if facts[name] != value:
-            raise DataError(
-                f"{checkpoint} was written with {name} {facts[name]}, this run has {value}; "
-                "continue with the same number of ranks and ZeRO stage"
-            )
+    here = (dist.world_size(), engine.zero_optimization_stage())
+    if (facts["world_size"], facts["zero_stage"]) != here:
+        converted = universal.convert(checkpoint, facts["zero_stage"])
+        universal.load(engine, checkpoint, converted)
+        return int(facts["step"])
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise DataError(f"DeepSpeed could not read {checkpoint}; see its message above")
@@ -128,3 +130,5 @@ def _prune(root: Path, newest: Path, keep_last: int) -> None:
     for old in complete[:-keep_last]:
         if old != newest:
             shutil.rmtree(old)
+    for converted in root.glob(f"*{universal.ENDING}"):
+        shutil.rmtree(converted)  # it has served: a newer checkpoint is complete

@@ -1,0 +1,172 @@
+"""Continue at another number of ranks or ZeRO stage, through DeepSpeed's universal layout.
+
+    step_0001000.universal/zero/PARAMETER/{fp32,exp_avg,exp_avg_sq,step}.pt
+    step_0001000.universal/zero/optimizer_state.pt
+
+DeepSpeed 0.19.8 converts its ZeRO 1, 2 and 3 checkpoints (`ds_to_universal`), but loads the
+result only into the same family of stages: 3 names its files and states otherwise than 1 and 2,
+and 0 has neither converter nor loader. So the converted files are brought to one form here,
+which the optimizers of stages 1, 2 and 3 read themselves, and stage 0 is done by hand. Weights,
+moments, step count, buffers and what a method keeps (queues, temperatures) all survive.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from engine import dist
+
+ENDING = ".universal"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def convert(checkpoint: Path, stage: int) -> Path:
+    """The universal form of a checkpoint that was written at ZeRO `stage`; collective.
+
+    Made once by rank 0 under another name and renamed, so that a kill leaves nothing half-done.
+    """
+    target = checkpoint.with_name(checkpoint.name + ENDING)
+    if dist.rank() == 0 and not target.is_dir():
+        scratch = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / "zero").mkdir(parents=True)
+        if stage == 0:
+            _convert_unsharded(checkpoint, scratch)
+        else:
+            _convert_sharded(checkpoint, scratch)
+        os.replace(scratch, target)
+    dist.barrier()
+    return target
+
+
+def load(engine, checkpoint: Path, universal: Path) -> None:
+    """Put weights, buffers and optimizer state of a universal checkpoint into any engine.
+
+    Args:
+        engine: a DeepSpeed engine at any ZeRO stage and number of ranks.
+        checkpoint: the original, whose `model.safetensors` holds weights and buffers.
+        universal: what `convert` returned.
+    """
+    stage = engine.zero_optimization_stage()
+    _load_module(engine, load_file(checkpoint / "model.safetensors"), sharded=stage == 3)
+    if hasattr(engine.optimizer, "load_hp_checkpoint_state_from_checkpoint_dir"):
+        engine.optimizer.load_state_dict(None, checkpoint_folder=str(universal))
+        if stage < 3:
+            engine.optimizer.update_lp_params()
+        else:
+            # DeepSpeed hands one step tensor to all groups, and each would count it up.
+            for state in engine.optimizer.optimizer.state.values():
+                state["step"] = torch.as_tensor(state["step"]).clone()
+    else:
+        _load_unsharded(engine, universal)
+
+
+def _load_module(engine, state: dict[str, torch.Tensor], sharded: bool) -> None:
+    if not sharded:
+        engine.module.load_state_dict(state)
+        return
+    # Sharded parameters come from the optimizer's copies; buffers are whole on every rank.
+    for name, buffer in engine.module.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])
+
+
+def _convert_sharded(checkpoint: Path, target: Path) -> None:
+    """DeepSpeed's converter, then one form for all stages."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,  # stages 1 and 2 lack it
+    )
+    latest = checkpoint.parent / "latest_universal"
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(arguments)
+    latest.unlink(missing_ok=True)  # a second pointer, to a name that exists no more
+    optimizer = torch.load(target / "zero" / "optimizer_state.pt", weights_only=False)
+    inner = optimizer.get("optimizer_state_dict", {}).get("state", {})
+    step = inner[0]["step"] if inner else None  # stage 3 keeps it in one place
+    for folder in (target / "zero").iterdir():
+        if folder.is_dir():
+            _one_form(folder, step)
+            step = torch.load(folder / "step.pt", weights_only=False) if step is None else step
+    _write_global_state(target, optimizer, step)
+
+
+def _one_form(folder: Path, step) -> None:
+    for path in folder.glob("*.pt"):
+        content = torch.load(path, weights_only=False)
+        if path.stem != "step" and not isinstance(content, dict):
+            torch.save({"param": content, "cat_dim": 0}, path)
+    if not (folder / "step.pt").exists() and (folder / "exp_avg.pt").exists():
+        torch.save(step, folder / "step.pt")
+
+
+def _write_global_state(target: Path, state: dict, step) -> None:
+    """What the optimizers of stages 1 and 2 and of stage 3 look for, in one file."""
+    import deepspeed
+
+    kept = {k: state[k] for k in ("loss_scaler", "dynamic_loss_scale") if k in state}
+    state = {
+        **kept,
+        "overflow": False,
+        "ds_version": deepspeed.__version__,
+        # No hyper-parameters: they are those of the configuration that continues.
+        "param_groups": [{}] * 64,
+        "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
+    }
+    torch.save(state, target / "zero" / "optimizer_state.pt")
+
+
+def _convert_unsharded(checkpoint: Path, target: Path) -> None:
+    """Stage 0: the whole optimizer lies in the model file, its states in the order of groups."""
+    file = torch.load(
+        checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+    )
+    names = file["unicl_parameter_order"]
+    weights, states = file["module"], file["optimizer"]["state"]
+    step = None
+    for number, name in enumerate(names):
+        folder = target / "zero" / name
+        folder.mkdir()
+        torch.save({"param": weights[name].float(), "cat_dim": 0}, folder / "fp32.pt")
+        for key in _MOMENTS:
+            torch.save({"param": states[number][key], "cat_dim": 0}, folder / f"{key}.pt")
+        step = states[number]["step"]
+        torch.save(step, folder / "step.pt")
+    _write_global_state(target, {}, step)
+
+
+def _load_unsharded(engine, universal: Path) -> None:
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    with torch.no_grad():
+        for group in engine.optimizer.param_groups:
+            for parameter in group["params"]:
+                folder = universal / "zero" / names[parameter]
+                read = {
+                    key: torch.load(folder / f"{key}.pt", weights_only=False)
+                    for key in ("fp32", *_MOMENTS, "step")
+                }
+                parameter.copy_(read["fp32"]["param"])
+                state = {
+                    key: read[key]["param"].to(parameter.device, torch.float32) for key in _MOMENTS
+                }
+                step = torch.as_tensor(read["step"], dtype=torch.float32)
+                engine.optimizer.state[parameter] = {"step": step, **state}
+
+
+def parameter_order(engine) -> list[str]:
+    """Names of the parameters in the order in which the optimizer numbers its states."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    return [names[p] for group in engine.optimizer.param_groups for p in group["params"]]
