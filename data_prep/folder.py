@@ -40,6 +40,7 @@ LIST = "list"
 QUARANTINE = "quarantine"
 SIZES = "sizes.json"
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk or quota
 _STATS = re.compile(r"(\d{5,})_stats\.json")
 
 
@@ -67,18 +68,13 @@ def begin(out: Path, preparation: Preparation, classes: Sequence[dict] = ()) -> 
     `classes`: dicts with id, synset, names, in id order. Raises `DataError` if the folder holds
     another set (the differing keys are named) or files that no preparation made.
     """
-    path = out / RUN
+    path, table = out / RUN, [dict(entry) for entry in classes]
     if not path.is_file():
-        strange = sorted(p.name for p in out.iterdir() if p.name != LIST) if out.is_dir() else []
-        if strange:
-            raise DataError(
-                f"{out}: not empty ({', '.join(strange[:5])}) and no {RUN}: not the folder of a "
-                "data set that this tool began; name an empty folder"
-            )
+        check_folder(out)
         (out / SHARDS).mkdir(parents=True, exist_ok=True)
-        if classes:
-            write_once(out / CLASSES, json.dumps(list(classes), ensure_ascii=False, indent=0))
-        write_once(path, _dump(preparation))
+        if table:
+            replace_file(out / CLASSES, json.dumps(table, ensure_ascii=False, indent=0))
+        write_once(path, _dump(preparation))  # last: from here on the set is begun
     stored = load(out)
     old, new = ({"name": p.name, "kind": p.kind, **p.identity} for p in (stored, preparation))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -88,7 +84,32 @@ def begin(out: Path, preparation: Preparation, classes: Sequence[dict] = ()) -> 
             f"{out}: holds another set ({'; '.join(lines)}); its shards would be mixed with other "
             "rows. Use the same input and options, or another folder"
         )
+    if load_classes(out) != json.loads(json.dumps(table)):
+        raise DataError(
+            f"{out / CLASSES}: not the class table of this set; its labels would change their "
+            "meaning. Restore the file, or begin anew in another folder"
+        )
     return stored
+
+
+def check_folder(out: Path) -> None:
+    """Raise `DataError` if `out` holds files that no preparation made.
+
+    What is left of a start that was killed, or written by one that runs now, is none of those.
+    """
+    if not out.exists() or (out / RUN).is_file():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: is a file; name a folder")
+    strange = [p.name for p in out.iterdir() if p.name not in (LIST, WORK, CLASSES, SHARDS)]
+    strange += [f"{SHARDS}/{p.name}" for p in (out / SHARDS).glob("*")]
+    strange = [name for name in strange if not name.startswith(".")]  # temporary files
+    # Looked at again, because another process may have begun the set in between.
+    if strange and not (out / RUN).is_file():
+        raise DataError(
+            f"{out}: not empty ({', '.join(sorted(strange)[:5])}) and no {RUN}: not the folder of "
+            "a data set that this tool began; name an empty folder"
+        )
 
 
 def load(out: Path) -> Preparation:
@@ -115,7 +136,10 @@ def update(out: Path, **changes: Any) -> Preparation:
 def load_classes(out: Path) -> list[dict]:
     """Class table of the set, empty if it has none."""
     path = out / CLASSES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); restore it") from None
 
 
 def shard_name(shard: int) -> str:
@@ -134,14 +158,19 @@ def finished(out: Path) -> dict[int, dict]:
     found = {}
     for path in (out / SHARDS).glob("*_stats.json"):
         match = _STATS.fullmatch(path.name)
-        if match and path.with_name(f"{match[1]}.tar").exists():
-            try:
-                stats = json.loads(path.read_bytes())
-            except ValueError:
-                continue  # cut short: the shard is made again
-            if isinstance(stats, dict) and "successes" in stats:
-                found[int(match[1])] = stats
+        stats = _statistics(path, path.with_name(f"{match[1]}.tar")) if match else None
+        if stats is not None:
+            found[int(match[1])] = stats
     return dict(sorted(found.items()))
+
+
+def _statistics(path: Path, tar: Path) -> dict | None:
+    """Statistics of a shard, None if it is not finished."""
+    try:
+        stats = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None  # cut short: the shard is made again
+    return stats if isinstance(stats, dict) and "successes" in stats and tar.exists() else None
 
 
 def missing(out: Path, part: int = 0, parts: int = 1) -> list[int]:
@@ -158,7 +187,8 @@ def publish(out: Path, shard: int, stage: Path) -> None:
     """
     names = [f"{shard_name(shard)}{end}" for end in (".parquet", ".tar", "_stats.json")]
     present = [name for name in names if (stage / name).exists()]
-    if shard in finished(out):
+    _, tar, stats = (out / SHARDS / name for name in names)
+    if _statistics(stats, tar) is not None:
         for name in present:
             (stage / name).unlink()
         return
@@ -204,7 +234,7 @@ def working_folder(out: Path, part: int, parts: int) -> Iterator[Path]:
 def disk_full(out: Path, part: int = 0, parts: int = 1, staged: int = 0) -> DataError:
     """What to say when the disk is full: finished shards are valid, and how much is needed.
 
-    `staged`: bytes of the unfinished shard, the estimate while no shard is finished.
+    `staged`: bytes that a shard is expected to take, the estimate while none is finished.
     """
     tars = [out / SHARDS / f"{shard_name(shard)}.tar" for shard in finished(out)]
     mean = sum(tar.stat().st_size for tar in tars) / len(tars) if tars else staged
@@ -248,8 +278,14 @@ def replace_file(path: Path, text: str) -> None:
 def _write_temporary(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in FULL:
+            raise
+        raise DataError(f"{path}: the disk is full; make room, run the same again") from None
     return temporary
 
 

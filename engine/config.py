@@ -2,7 +2,8 @@
 
 A file may name a parent with `base: other.yaml` (relative to itself); later values win. Every key
 is checked: an unknown one is an error that names the nearest. `model:` and `loss:` are checked by
-`models.config` and by the method's own `Config`.
+`models.config` and by the method's own `Config`. A null in a key of `DECISIONS` means that nobody
+has decided yet; such a configuration is refused with the list of all its open keys.
 """
 
 import difflib
@@ -33,8 +34,8 @@ class DataConfig:
     label_merge: str = "disjoint"  # disjoint | synset
     caption_labels: str = "unique"  # unique | by_text (equal captions are positives)
     caption: str = "txt"  # txt | json.KEY
-    templates: str = "unicl_81"  # preset of prompts/templates.json, or a file
-    augmentation: str = "paper"  # recipe of loaders/views.py
+    templates: str | None = "unicl_81"  # preset of prompts/templates.json, or a file
+    augmentation: str | None = "paper"  # recipe of loaders/views.py
     workers: int = 4  # per rank
     max_bad_fraction: float = 0.01  # more unreadable samples than this end the run
 
@@ -43,7 +44,7 @@ class DataConfig:
 class TrainConfig:
     """How much, and in what pieces. Exactly one of `epochs`, `samples`, `steps`."""
 
-    global_batch: int = 4096
+    global_batch: int | None = 4096
     accumulation: int = 1  # micro-batches per rank and step; the update does not depend on it
     epochs: float | None = None
     samples: int | None = None
@@ -54,17 +55,18 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. The three rates are multiplied by global_batch / lr_batch when lr_batch is set."""
+    """AdamW. The three rates are multiplied by global_batch / lr_batch when lr_batch is set.
+    Exactly one of `warmup_epochs` and `warmup_steps`; 0 is none."""
 
-    lr: float = 5e-4
-    warmup_lr: float = 5e-7
-    min_lr: float = 5e-6
+    lr: float | None = 5e-4
+    warmup_lr: float | None = 5e-7
+    min_lr: float | None = 5e-6
     lr_batch: int | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip_norm: float = 0.0  # 0: none. DeepSpeed never decides this.
-    schedule: str = "cosine"  # cosine | constant
+    betas: tuple[float, float] | None = (0.9, 0.999)
+    eps: float | None = 1e-8
+    weight_decay: float | None = 0.1
+    grad_clip_norm: float | None = 0.0  # 0: none. DeepSpeed never decides this.
+    schedule: str | None = "cosine"  # cosine | constant
     warmup_epochs: float | None = None
     warmup_steps: int | None = None
 
@@ -84,6 +86,7 @@ class RunConfig:
 
     name: str = "run"
     output_dir: str = "runs/${name}"
+    recipe: str | None = "ours"  # whose training values these are: paper | release_defaults | ours
     seed: int = 0
     deepspeed: str = "ds_configs/zero1_bf16.json"
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "unicl"})
@@ -93,6 +96,31 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     timeout_minutes: int = 30  # of a collective operation
+
+
+# Keys that may not stay null, with what they decide. Of several alternatives one is needed.
+DECISIONS: dict[tuple[str, ...], str] = {
+    ("recipe",): "whose values these are: paper (read in the paper), release_defaults or ours",
+    ("model.image.size",): "side of the square training images in pixels",
+    ("model.image.kwargs",): "arguments of the image tower, e.g. another stem for small images; "
+    "{} is timm's own",
+    ("model.logit_scale_init",): "logarithm of the first temperature multiplier: 1.0 in the "
+    "released model, ln(1/0.07) = 2.659 in CLIP",
+    ("data.templates",): "texts made from class names: a preset of prompts/templates.json",
+    ("data.augmentation",): "image views: a recipe of loaders/views.py",
+    ("train.global_batch",): "samples per optimizer step over all ranks",
+    ("train.epochs", "train.samples", "train.steps"): "length of the training",
+    ("optim.lr",): "peak learning rate of AdamW",
+    ("optim.warmup_lr",): "learning rate at the first step",
+    ("optim.min_lr",): "learning rate at the last step",
+    ("optim.betas",): "decay rates of AdamW's two averages",
+    ("optim.eps",): "AdamW's epsilon",
+    ("optim.weight_decay",): "AdamW's weight decay",
+    ("optim.grad_clip_norm",): "largest gradient norm; 0 is no clipping",
+    ("optim.schedule",): "cosine or constant",
+    ("optim.warmup_epochs", "optim.warmup_steps"): "length of the warm-up; 0 is none",
+}
+RECIPES = ("paper", "release_defaults", "ours")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -133,14 +161,15 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: names the key and what it may be.
     """
+    _refuse_undecided(cfg)
     ModelConfig.from_dict(OmegaConf.to_container(cfg.model, resolve=True))
     loss = dict(OmegaConf.to_container(cfg.loss, resolve=True))
     try:
         losses.read_config(losses.find(loss.pop("name", "unicl")).Config, loss, "loss")
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    _one_of(cfg.train, "train", ("epochs", "samples", "steps"), required=True)
-    _one_of(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"), required=False)
+    _one_of(cfg.train, "train", ("epochs", "samples", "steps"), positive=True)
+    _one_of(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"), positive=False)
     for section, key in (
         ("train", "global_batch"),
         ("train", "accumulation"),
@@ -153,7 +182,14 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{section}.{key}={cfg[section][key]} must be at least 1")
     if not 0 <= cfg.data.max_bad_fraction <= 1:
         raise ConfigError(f"data.max_bad_fraction={cfg.data.max_bad_fraction} must be in [0, 1]")
+    if cfg.data.augmentation == "mixup_cutmix":
+        raise ConfigError(
+            f"{cfg.name}: data.augmentation=mixup_cutmix: the trainer cannot blend images and "
+            "labels (MixUp, CutMix) yet, and without them this would be another experiment; "
+            "data.augmentation=unicl_release trains without"
+        )
     for key, allowed in (
+        ("recipe", RECIPES),
         ("data.caption_labels", ("unique", "by_text")),
         ("data.label_merge", ("disjoint", "synset")),
         ("optim.schedule", ("cosine", "constant")),
@@ -206,14 +242,31 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
     return [*parents, layer]
 
 
-def _one_of(section: DictConfig, where: str, keys: tuple[str, ...], required: bool) -> None:
-    given = [key for key in keys if section[key] is not None]
-    if len(given) > 1 or (required and not given):
+def _refuse_undecided(cfg: DictConfig) -> None:
+    """Raise ConfigError with every key that a preset left open."""
+    unset = object()  # a key of `model` that is absent has a default; null is an open question
+    lines = []
+    for keys, meaning in DECISIONS.items():
+        values = [OmegaConf.select(cfg, key, default=unset, throw_on_missing=False) for key in keys]
+        if all(value is None for value in values):
+            lines.append(f"  {' or '.join(keys)}: {meaning}")
+    if lines:
         raise ConfigError(
-            f"{where}: give exactly one of {', '.join(keys)}; given: {given or 'none'}"
+            f"{cfg.name}: these keys are not decided:\n" + "\n".join(lines) + "\nDecide them in "
+            "the file or as key=value (recipe=ours, unless you read the values in the paper), or "
+            "take the released code's values with base: _base/release_defaults.yaml"
         )
-    if given and section[given[0]] <= 0 and required:
-        raise ConfigError(f"{where}.{given[0]} must be positive")
+
+
+def _one_of(section: DictConfig, where: str, keys: tuple[str, ...], positive: bool) -> None:
+    given = [key for key in keys if section[key] is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{where}: give exactly one of {', '.join(keys)}; given: {', '.join(given)}"
+        )
+    if section[given[0]] < 0 or (positive and section[given[0]] == 0):
+        least = "positive" if positive else "at least 0"
+        raise ConfigError(f"{where}.{given[0]}={section[given[0]]} must be {least}")
 
 
 def _unknown_key(error: ConfigKeyError, path: str | Path) -> str:

@@ -1,0 +1,299 @@
+"""Every export, reloaded by the library it is meant for and compared with the run's own model."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+)
+
+from engine import checkpoint, ds, optim
+from engine.export import export, main
+from engine.step import Stepper
+from loaders import tokenizers, views
+from loaders.errors import ConfigError, run_cli
+from losses._gather import Gather
+from models import weights
+from tests import multiprocess
+from tests.engine import run_folder, tiny
+from tests.engine.run_folder import TEXTS
+
+SIZES = {"vit": 32, "swin": 32, "resnet": 48}
+# Above the bound of 100, so that the exported value has to be the bounded one.
+SCALE = {"logit_scale_init": 6.0, "logit_scale_max": 100.0}
+
+
+def equal(ours, theirs):
+    torch.testing.assert_close(ours, F.normalize(theirs, dim=-1), rtol=0, atol=1e-5)
+    assert ours.std() > 0.01
+
+
+def noise(size):
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def photo(width=90, height=61):
+    """A smooth random picture that is neither square nor of the model's size."""
+    pixels = np.random.default_rng(0).integers(0, 256, size=(7, 9, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def eval_pixels(size):
+    image = views.build_eval(size, size)(photo())
+    return views.normalize(image, (0.4, 0.5, 0.6), (0.229, 0.224, 0.225))
+
+
+@pytest.mark.parametrize("image", SIZES)
+@torch.no_grad()
+def test_open_clip_folder(image, tmp_path):
+    model = run_folder.write(tmp_path / "run", image, **SCALE)
+    how = export(tmp_path / "run", "open_clip", tmp_path / "out")
+    name = f"local-dir:{tmp_path / 'out'}"
+    assert name in how
+    theirs, _, transform = open_clip.create_model_and_transforms(name)
+    theirs.eval()
+    assert type(theirs).__name__ == "CustomTextCLIP"
+    images = noise(SIZES[image])
+    equal(model.encode_image(images)["feature"], theirs.encode_image(images))
+    ids = open_clip.get_tokenizer(name)(TEXTS)
+    assert torch.equal(ids, tokenizers.build("clip", 77)(TEXTS))
+    assert ids[-1, 76] == 49407  # cut: the last text has more than 77 tokens
+    equal(model.encode_text(ids)["feature"], theirs.encode_text(ids))
+    assert theirs.logit_scale.shape == ()
+    assert theirs.logit_scale.exp().item() == pytest.approx(100)
+    assert torch.equal(transform(photo()), eval_pixels(SIZES[image]))
+    back = weights.load(tmp_path / "out").model
+    assert torch.equal(back.encode_image(images)["feature"], model.encode_image(images)["feature"])
+
+
+def test_open_clip_folder_of_a_named_architecture_holds_no_path(tmp_path):
+    run_folder.write(tmp_path / "run", "resnet")
+    export(tmp_path / "run", "open_clip", tmp_path / "out")
+    config = (tmp_path / "out" / "open_clip_config.json").read_text()
+    assert json.loads(config)["model_cfg"]["vision_cfg"]["timm_model_name"] == "test_resnet"
+    assert str(tmp_path) not in config
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "open_clip_config.json", "open_clip_model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@torch.no_grad()
+def test_open_clip_folder_with_a_hugging_face_text_tower(pooling, tmp_path):
+    text = run_folder.bert_text(tmp_path / "tokenizer", pooling)
+    model = run_folder.write(tmp_path / "run", "vit", text)
+    export(tmp_path / "run", "open_clip", tmp_path / "out")
+    name = f"local-dir:{tmp_path / 'out'}"
+    theirs = open_clip.create_model(name).eval()
+    texts = ["", "a photo", "word " * 30, "[SEP] in a text"]
+    ids = open_clip.get_tokenizer(name)(texts)
+    assert torch.equal(ids, tokenizers.build(str(tmp_path / "tokenizer"), 40)(texts))
+    equal(model.encode_text(ids)["feature"], theirs.encode_text(ids))
+
+
+@pytest.mark.parametrize("image", SIZES)
+@torch.no_grad()
+def test_hugging_face_folder(image, tmp_path):
+    model = run_folder.write(tmp_path / "run", image, **SCALE)
+    export(tmp_path / "run", "hf", tmp_path / "out")
+    theirs = VisionTextDualEncoderModel.from_pretrained(tmp_path / "out")
+    pixels = noise(SIZES[image])
+    ours = model.encode_image(pixels)["feature"]
+    equal(ours, theirs.get_image_features(pixels).pooler_output)
+
+    processor = VisionTextDualEncoderProcessor.from_pretrained(tmp_path / "out")
+    batch = processor(
+        text=TEXTS, images=[photo()], padding=True, truncation=True, return_tensors="pt"
+    )
+    ids = tokenizers.build("clip", 77)(TEXTS)
+    assert batch["input_ids"].shape == (len(TEXTS), 77)
+    features = model.encode_text(ids)["feature"]
+    equal(features, theirs.get_text_features(ids).pooler_output)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    equal(features, theirs.get_text_features(**inputs).pooler_output)
+    torch.testing.assert_close(
+        theirs(pixel_values=pixels, **inputs).logits_per_image,
+        100 * ours @ features.T,
+        rtol=0,
+        atol=1e-3,
+    )
+
+
+def test_hugging_face_image_processor_and_tokenizer(tmp_path):
+    run_folder.write(tmp_path / "run")
+    export(tmp_path / "run", "hf", tmp_path / "out")
+    for source in (AutoImageProcessor, AutoProcessor):
+        processor = source.from_pretrained(tmp_path / "out")
+        processor = getattr(processor, "image_processor", processor)
+        pixels = processor(photo(), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(pixels, eval_pixels(32))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == 77
+    texts = [*TEXTS, "the <|endoftext|> in a caption!", "ends with !"]
+    rows = tokenizer(texts, truncation=True)["input_ids"]
+    for row, ours in zip(rows, tokenizers.build("clip", 77)(texts).tolist(), strict=True):
+        assert row == ours[: ours.index(49407) + 1]
+
+
+@torch.no_grad()
+def test_hugging_face_folder_with_bert(tmp_path):
+    text = run_folder.bert_text(tmp_path / "tokenizer", "first")
+    model = run_folder.write(tmp_path / "run", "vit", text)
+    export(tmp_path / "run", "hf", tmp_path / "out")
+    theirs = VisionTextDualEncoderModel.from_pretrained(tmp_path / "out")
+    texts = ["", "a photo", "word " * 30, "[SEP] in a text"]
+    ids = tokenizers.build(str(tmp_path / "tokenizer"), 40)(texts)
+    batch = AutoTokenizer.from_pretrained(tmp_path / "out")(
+        texts, padding=True, truncation=True, return_tensors="pt"
+    )
+    assert torch.equal(batch["input_ids"], ids)
+    equal(model.encode_text(ids)["feature"], theirs.get_text_features(**batch).pooler_output)
+
+
+@pytest.mark.parametrize("image", SIZES)
+@torch.no_grad()
+def test_timm_checkpoint(image, tmp_path):
+    trunk = run_folder.write(tmp_path / "run", image).image.trunk
+    export(tmp_path / "run", "timm", tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    settings = run_folder.IMAGES[image]
+    name = {"swin_tiny": "swin_tiny_patch4_window7_224"}.get(settings["name"], settings["name"])
+    arguments = {"num_classes": 0, **settings.get("kwargs", {})}
+    if image != "resnet":
+        arguments["img_size"] = 32
+    reloaded = [
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0),
+        timm.create_model(name, checkpoint_path=file, **arguments),
+        timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **arguments
+        ),
+    ]
+    images = noise(SIZES[image])
+    expected = trunk.forward_features(images)
+    for theirs in reloaded:
+        features = theirs.eval().forward_features(images)
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    config = timm.data.resolve_model_data_config(reloaded[0])
+    transform = timm.data.create_transform(**config)
+    torch.testing.assert_close(transform(photo()), eval_pixels(SIZES[image]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["transformer", "hf"])
+@torch.no_grad()
+def test_plain_files(text, tmp_path):
+    section = run_folder.bert_text(tmp_path / "tokenizer", "mean") if text == "hf" else None
+    model = run_folder.write(tmp_path / "run", "resnet", section, **SCALE)
+    export(tmp_path / "run", "pt", tmp_path / "pt")
+    content = torch.load(tmp_path / "pt" / "run.pt", weights_only=True)
+    assert list(content) == ["state_dict", "config", "step", "tokenizer", "image"]
+    assert content["step"] == 7
+    assert content["config"]["text"]["name"] == text
+    assert content["tokenizer"] == (str(tmp_path / "tokenizer") if text == "hf" else "clip")
+    assert content["image"] == {
+        "size": 48, "resize": 48, "interpolation": "bicubic", "mean": [0.4, 0.5, 0.6],
+        "std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+    export(tmp_path / "run", "safetensors", tmp_path / "st")
+    state = load_file(tmp_path / "st" / "model.safetensors")
+    expected = model.state_dict()
+    for other in (content["state_dict"], state):
+        assert other.keys() == expected.keys()
+        assert all(torch.equal(other[key], expected[key]) for key in expected)
+    described = json.loads((tmp_path / "st" / "config.json").read_text())
+    assert described == {key: content[key] for key in described}
+    ids = torch.arange(1, 7)[None] * 9
+    for path, name in ((tmp_path / "pt" / "run.pt", "run"), (tmp_path / "st", "st")):
+        loaded = weights.load(path)
+        assert (loaded.name, loaded.step) == (name, 7)
+        assert torch.equal(loaded.model.scale(), model.scale())
+        ours = model.encode_text(ids)["feature"]
+        assert torch.equal(loaded.model.encode_text(ids)["feature"], ours)
+
+
+def test_what_a_format_cannot_express_is_named_and_leaves_nothing(tmp_path):
+    mean = run_folder.bert_text(tmp_path / "tokenizer", "mean")
+    electra = {**mean, "hf_config": {**run_folder.BERT, "model_type": "electra"}}
+    run_folder.write(tmp_path / "mean", "vit", mean)
+    run_folder.write(tmp_path / "electra", "vit", electra)
+    run_folder.write(tmp_path / "mobile", "mobilenetv3_small_050")
+    for run, name, words in (
+        ("mean", "hf", "'bert' with pooling 'mean'"),
+        ("electra", "hf", "'electra'"),
+        ("electra", "open_clip", "'electra': open_clip wraps only bert"),
+        ("mobile", "open_clip", "'mobilenetv3_small_050': open_clip expects .* width 288"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            export(tmp_path / run, name, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_command_line_and_an_output_that_exists(tmp_path, capsys):
+    run_folder.write(tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step_0000007"
+    arguments = ["--checkpoint", str(step), "--format", "pt", "--output", str(tmp_path / "out")]
+    main(arguments)
+    written = tmp_path / "out" / "run.pt"
+    assert f'torch.load("{written}", weights_only=True)' in capsys.readouterr().out
+    before = written.read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        run_cli(lambda: main(arguments))
+    assert caught.value.code == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert written.read_bytes() == before
+
+
+def train_and_save(rank, world_size, folder):
+    """A step under every ZeRO stage; the trained engine's own features of a fixed batch."""
+    features = {}
+    for stage in range(4):
+        module = tiny.build()
+        config = {
+            "train_batch_size": 12,
+            "train_micro_batch_size_per_gpu": 12 // world_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "steps_per_print": 10**9,
+        }
+        optimizer = optim.build(module.model, module.method, tiny.OPTIM)
+        engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
+        stepper = Stepper(engine, Gather(), seed=3)
+        stepper(0, [tiny.cut(tiny.make_batch(0, 12), rank, world_size)])
+        checkpoint.save(engine, folder / f"zero{stage}", 1, {"train.global_batch": 12}, 1)
+        batch = tiny.make_batch(9, 4)
+        with torch.no_grad():
+            engine.eval()
+            features[stage] = [
+                engine.module.model.encode_image(batch["image"][:, 0])["feature"],
+                engine.module.model.encode_text(batch["text"][:, 0])["feature"],
+            ]
+    return features
+
+
+@torch.no_grad()
+def test_checkpoints_of_every_zero_stage_export_the_trained_weights(tmp_path):
+    features, _ = multiprocess.run(train_and_save, 2, tmp_path)
+    batch = tiny.make_batch(9, 4)
+    start = tiny.build().eval().model.encode_text(batch["text"][:, 0])["feature"]
+    for stage in range(4):
+        run = tmp_path / f"zero{stage}"
+        (run / "config.yaml").write_text(json.dumps({"model": tiny.MODEL}))  # JSON is YAML
+        saved = load_file(run / "checkpoints" / "step_0000001" / "model.safetensors")
+        assert {name.partition(".")[0] for name in saved} == {"model"}
+        export(run, "pt", tmp_path / f"pt{stage}")
+        model = weights.load(tmp_path / f"pt{stage}" / f"zero{stage}.pt").model
+        image, text = (torch.from_numpy(value) for value in features[stage])
+        equal(image, model.encode_image(batch["image"][:, 0])["feature"])
+        equal(text, model.encode_text(batch["text"][:, 0])["feature"])
+        assert (text - start).abs().max() > 1e-3  # it has been trained
