@@ -193,17 +193,20 @@ def write_manifest(
     date: str,
     attempted: int,
     extra: dict | None = None,
+    shards: Sequence[ShardInfo] | None = None,
 ) -> dict:
     """Index and hash the tars in `folder/shards`, check them, and write `folder/manifest.json`.
 
     `classes`: `ClassEntry`s or dicts with id, synset, names, in id order; required for
     image_label. `date`: YYYY-MM-DD. `attempted`: samples that were tried; the kept ones are
-    counted. `extra`: further keys. Equal input gives equal bytes. Returns the manifest; raises
-    `DataError` as `open_shards` does.
+    counted. `extra`: further keys. `shards`: the tars of `folder/shards` to list, when their
+    facts are known; they are then not read. Equal input gives equal bytes. Returns the manifest;
+    raises `DataError` as `open_shards` does.
     """
     folder = Path(folder)
     table = [asdict(c) if isinstance(c, ClassEntry) else dict(c) for c in classes or []]
-    shards = [_hash_shard(path) for path in sorted((folder / "shards").glob("*.tar"))]
+    if shards is None:
+        shards = [_hash_shard(path) for path in sorted((folder / "shards").glob("*.tar"))]
     samples = sum(shard.samples for shard in shards)
     manifest = {
         "name": name,

@@ -116,7 +116,7 @@ def build_index(path: str | os.PathLike) -> np.ndarray:
             if key in seen:
                 raise DataError(
                     f"{path}: sample key {key!r} occurs twice: the members of a sample must be "
-                    "adjacent and keys unique; write the shard again with data_prep/reshard.py"
+                    f"adjacent and keys unique; {MEND}"
                 )
             seen.add(key)
             extensions.update(parts)
@@ -292,7 +292,7 @@ def _iterate_samples(path) -> Iterator[tuple[str, dict[str, Member]]]:
         if extension in parts:
             raise DataError(
                 f"{path}: sample {key!r} has two members .{extension}; keys must be unique and "
-                "hold no dot; write the shard again with data_prep/reshard.py"
+                f"hold no dot; {MEND}"
             )
         parts[extension] = member
     if current is not None:

@@ -22,7 +22,13 @@ MAY_USE = {
     "loaders": {"loaders"},
     "engine": {"engine", "losses", "models", "loaders"},
     "eval": {"eval", "models", "loaders", "engine.dist"},
-    "data_prep": {"data_prep", "loaders.manifest", "loaders.errors", "loaders.tarreader"},
+    "data_prep": {
+        "data_prep",
+        "loaders.errors",
+        "loaders.manifest",
+        "loaders.specs",
+        "loaders.tarreader",
+    },
 }
 FOREIGN = {  # beyond the standard library
     "losses": {"torch"},

@@ -1,0 +1,68 @@
+"""Flickr30k with Karpathy's splits, as tar shards: five captions an image.
+
+    python data_prep/flickr30k.py --karpathy dataset_flickr30k.json --images flickr30k-images \\
+        --split test --out data/flickr30k_test
+
+`--images` is a folder, a zip or a plain tar, read in place.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_prep import karpathy
+from loaders.errors import run_cli
+
+# Images of each split: dataset cards on Hugging Face (umaru97/flickr30k_train_val_test,
+# AnyModal/flickr30k). Every image has five captions.
+SPLITS = {"train": 29_000, "val": 1_014, "test": 1_000}
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Write a split as an image_text set. Raises `DataError` for a count that differs."""
+    path, split, count = arguments.karpathy, arguments.split, karpathy.CAPTIONS_PER_IMAGE
+    found = karpathy.read_split(path, "flickr30k", (split,))
+    expected = arguments.expected_images
+    karpathy.check_count(
+        f"{path}: split {split}, images",
+        len(found.images),
+        SPLITS[split] if expected is None else expected,
+    )
+    karpathy.check_count(
+        f"{path}: split {split}, captions", found.captions, count * len(found.images)
+    )
+    images = karpathy.keep_captions(found.images, None)
+    kept = sum(len(image.captions) for image in images)
+    print(f"{len(images)} images, {kept} captions; {found.empty} without text left out")
+    preparation = {
+        "tool": "data_prep/flickr30k.py",
+        "name": arguments.name or f"flickr30k_karpathy_{split}",
+        "kind": "image_text",
+        "source": "Flickr30k (Young et al., TACL 2014), splits of Karpathy and Li 2015",
+        # README of Flickr30k Entities (BryanPlummer/flickr30k_entities)
+        "license": "non-commercial research and education; images under the terms of Flickr",
+        "identity": {"karpathy_sha256": found.sha256, "split": split},
+        "extra": {"captions": kept, "captions_without_text": found.empty},
+    }
+    karpathy.write_set(
+        arguments,
+        preparation,
+        [image.path for image in images],
+        lambda i, data: karpathy.caption_members(images[i], data),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--karpathy", type=Path, required=True, help="dataset_flickr30k.json")
+    parser.add_argument("--split", choices=tuple(SPLITS), required=True)
+    karpathy.add_arguments(parser)
+    prepare(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)
