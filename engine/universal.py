@@ -12,12 +12,14 @@ moments, step count, buffers and what a method keeps (queues, temperatures) all 
 
 import contextlib
 import io
+import math
 import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from engine import dist
@@ -97,18 +99,23 @@ def _convert_sharded(checkpoint: Path, target: Path) -> None:
     optimizer = torch.load(target / "zero" / "optimizer_state.pt", weights_only=False)
     inner = optimizer.get("optimizer_state_dict", {}).get("state", {})
     step = inner[0]["step"] if inner else None  # stage 3 keeps it in one place
-    for folder in (target / "zero").iterdir():
-        if folder.is_dir():
-            _one_form(folder, step)
-            step = torch.load(folder / "step.pt", weights_only=False) if step is None else step
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+        for folder in sorted((target / "zero").iterdir()):
+            if folder.is_dir():
+                shape = weights.get_slice(folder.name).get_shape()
+                _one_form(folder, step, shape)
+                step = torch.load(folder / "step.pt", weights_only=False) if step is None else step
     _write_global_state(target, optimizer, step)
 
 
-def _one_form(folder: Path, step) -> None:
+def _one_form(folder: Path, step, shape: list[int]) -> None:
+    """A dictionary with a tensor of the weight's shape; stage 3 leaves bare flat tensors."""
     for path in folder.glob("*.pt"):
         content = torch.load(path, weights_only=False)
-        if path.stem != "step" and not isinstance(content, dict):
-            torch.save({"param": content, "cat_dim": 0}, path)
+        if path.stem != "step":
+            tensor = content["param"] if isinstance(content, dict) else content
+            tensor = tensor.detach().reshape(-1)[: math.prod(shape)].reshape(shape)
+            torch.save({"param": tensor.clone(), "cat_dim": 0}, path)
     if not (folder / "step.pt").exists() and (folder / "exp_avg.pt").exists():
         torch.save(step, folder / "step.pt")
 

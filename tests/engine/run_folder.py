@@ -43,8 +43,10 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
                 value.copy_(0.5 + noise.abs())
             elif value.ndim == 1 and name.endswith("weight"):
                 value.copy_(1 + 0.2 * noise)
-            else:
-                value.copy_(0.1 * noise)
+            elif value.ndim == 1:
+                value.copy_(0.3 * noise)
+            else:  # outputs as large as inputs, so that deep towers forget none of their weights
+                value.copy_(noise / value[0].numel() ** 0.5)
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """Every export, reloaded by the library it is meant for and compared with the run's own model."""
 
 import json
+import shutil
 
 import numpy as np
 import open_clip
@@ -70,7 +71,9 @@ def test_open_clip_folder(image, tmp_path):
     assert torch.equal(ids, tokenizers.build("clip", 77)(TEXTS))
     assert ids[-1, 76] == 49407  # cut: the last text has more than 77 tokens
     equal(model.encode_text(ids)["feature"], theirs.encode_text(ids))
-    assert theirs.logit_scale.shape == ()
+    stored = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    assert {value.ndim for name, value in stored.items() if "num_batches" in name} <= {0}
+    assert theirs.logit_scale.shape == stored["logit_scale"].shape == ()
     assert theirs.logit_scale.exp().item() == pytest.approx(100)
     assert torch.equal(transform(photo()), eval_pixels(SIZES[image]))
     back = weights.load(tmp_path / "out").model
@@ -158,7 +161,10 @@ def test_hugging_face_folder_with_bert(tmp_path):
         texts, padding=True, truncation=True, return_tensors="pt"
     )
     assert torch.equal(batch["input_ids"], ids)
-    equal(model.encode_text(ids)["feature"], theirs.get_text_features(**batch).pooler_output)
+    projected = theirs.get_text_features(**batch).pooler_output
+    equal(model.encode_text(ids)["feature"], projected)
+    expected = model.text_projection(model.encode_text(ids)["pooled"])
+    torch.testing.assert_close(projected, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("image", SIZES)
@@ -192,7 +198,13 @@ def test_timm_checkpoint(image, tmp_path):
 @pytest.mark.parametrize("text", ["transformer", "hf"])
 @torch.no_grad()
 def test_plain_files(text, tmp_path):
-    section = run_folder.bert_text(tmp_path / "tokenizer", "mean") if text == "hf" else None
+    section = None
+    if text == "hf":  # by name: the files must not need what the name stands for
+        section = run_folder.bert_text(tmp_path / "tokenizer", "mean")
+        encoder = tmp_path / "encoder"
+        encoder.mkdir()
+        (encoder / "config.json").write_text(json.dumps(section.pop("hf_config")))
+        section |= {"hf_name": str(encoder), "pretrained": False}
     model = run_folder.write(tmp_path / "run", "resnet", section, **SCALE)
     export(tmp_path / "run", "pt", tmp_path / "pt")
     content = torch.load(tmp_path / "pt" / "run.pt", weights_only=True)
@@ -212,6 +224,8 @@ def test_plain_files(text, tmp_path):
         assert all(torch.equal(other[key], expected[key]) for key in expected)
     described = json.loads((tmp_path / "st" / "config.json").read_text())
     assert described == {key: content[key] for key in described}
+    if text == "hf":
+        shutil.rmtree(encoder)
     ids = torch.arange(1, 7)[None] * 9
     for path, name in ((tmp_path / "pt" / "run.pt", "run"), (tmp_path / "st", "st")):
         loaded = weights.load(path)
