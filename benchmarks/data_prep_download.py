@@ -1,0 +1,158 @@
+"""Downloads through data_prep/img2ds.py, against img2dataset alone.
+
+Both fetch the same list from the same server on loopback with the same parameters, in turns. The
+whole runs are compared, and the time from the start of the first shard to the end of the last:
+the wrapper's processes start without torch, which its gain in whole runs comes from.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks import harness
+from data_prep import folder, img2ds, url_list
+from data_prep.list_rows import Row
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PHOTOS = 200  # different images; the rows ask for them under different addresses
+TARGET = 1.05
+_WRAPPED = """
+import sys
+from pathlib import Path
+from data_prep import img2ds
+options = img2ds.Options(
+    processes=int(sys.argv[2]), threads=int(sys.argv[3]), allow_private_addresses=True
+)
+img2ds.download(Path(sys.argv[1]), 0, 1, options)
+"""
+
+
+def rows(quick: bool = False) -> Iterator[dict]:
+    """Median over rounds of wrapper / bare: wall time of whole runs, and of the downloads."""
+    count, size, rounds = (1_000, 250, 1) if quick else (14_000, 1_000, 3)
+    processes, threads = len(os.sched_getaffinity(0)), 16
+    load = os.getloadavg()[0]
+    seconds: dict[str, dict[str, list[float]]] = {
+        what: {"wrapper": [], "bare": []} for what in ("run", "downloads")
+    }
+    with tempfile.TemporaryDirectory() as scratch, _server() as address:
+        for number in range(rounds):
+            turn = [("bare", _run_bare), ("wrapper", _run_wrapper)][:: 1 if number % 2 else -1]
+            for name, run in turn:
+                out = Path(scratch) / f"{name}-{number}"
+                _write_list(out, address, count, size)
+                whole, downloads = run(out, count, size, processes, threads)
+                seconds["run"][name].append(round(whole, 2))
+                seconds["downloads"][name].append(round(downloads, 2))
+    facts = {"rows": count, "samples_per_shard": size, "processes": processes, "threads": threads}
+    facts |= {"rounds": rounds, "img2dataset": version("img2dataset"), "load_before": load}
+    for what, measured in seconds.items():
+        value = harness.ratio(measured, "wrapper", "bare")
+        yield harness.row(f"img2ds_{what}_time", value, TARGET, seconds=measured, **facts)
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """The test server in a process of its own, its images made; gives its address."""
+    script = REPOSITORY / "tests" / "data_prep" / "http_server.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().strip()
+        for number in range(PHOTOS):
+            urllib.request.urlopen(f"{address}/photo/{number}.jpg").read()
+        yield address
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def _write_list(out: Path, address: str, count: int, size: int) -> None:
+    """Begin a set whose list has `count` addresses."""
+    out.mkdir()
+    source = out.with_suffix(".txt")
+    source.write_text(address)
+    url_list.build(
+        out,
+        lambda notes: (
+            Row(row, f"{address}/photo/{row % PHOTOS}.jpg?{row}", f"caption {row}", b"")
+            for row in range(count)
+        ),
+        [source],
+        {},
+        size,
+    )
+    folder.begin(
+        out,
+        folder.Preparation(
+            tool="benchmarks/data_prep_download.py",
+            name="benchmark",
+            kind="image_text",
+            source="loopback",
+            license="none",
+            date=date.today().isoformat(),
+            shards=-(-count // size),
+            samples_per_shard=size,
+            attempted=count,
+            identity=img2ds.identity(img2ds.Options(), size),
+        ),
+    )
+
+
+def _run_wrapper(out: Path, count: int, size: int, processes: int, threads: int):
+    command = [sys.executable, "-c", _WRAPPED, str(out), str(processes), str(threads)]
+    return _timed(command, out / folder.SHARDS, count)
+
+
+def _run_bare(out: Path, count: int, size: int, processes: int, threads: int):
+    """img2dataset's own command with the parameters that the wrapper gives it."""
+    options = img2ds.Options()
+    flags = {
+        "url_list": out / folder.LIST,
+        "input_format": "parquet",
+        "url_col": "url",
+        "caption_col": "caption",
+        "save_additional_columns": '["row"]',
+        "output_folder": out / "bare",
+        "output_format": "webdataset",
+        "number_sample_per_shard": size,
+        "processes_count": processes,
+        "thread_count": threads,
+        "image_size": options.image_size,
+        "resize_mode": "keep_ratio",
+        "resize_only_if_bigger": True,
+        "encode_quality": options.encode_quality,
+        "compute_hash": "sha256",
+        "timeout": options.timeout,
+        "retries": options.retries,
+        "user_agent_token": options.user_agent_token,
+    }
+    command = [sys.executable, "-m", "img2dataset.main"]
+    command += [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+    return _timed(command, out / "bare", count)
+
+
+def _timed(command: list[str], shards: Path, count: int) -> tuple[float, float]:
+    """Seconds of the whole command, and from the first shard's start to the last one's end."""
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(REPOSITORY)}
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    wall = time.perf_counter() - start
+    stats = [json.loads(path.read_bytes()) for path in shards.glob("*_stats.json")]
+    if done.returncode or sum(shard["successes"] for shard in stats) != count:
+        raise RuntimeError(f"not all images were fetched:\n{done.stdout}\n{done.stderr}")
+    return wall, max(s["end_time"] for s in stats) - min(s["start_time"] for s in stats)
+
+
+if __name__ == "__main__":
+    harness.main("data_prep_download", rows)

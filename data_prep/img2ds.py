@@ -1,0 +1,248 @@
+"""The one wrapper of img2dataset (Beaumont, github.com/rom1504/img2dataset, version 1.47).
+
+img2dataset ends with code 0 when every download failed, waits for ever when one of its workers
+was killed, and leaves half-written tars under their final names. So it runs as a child process
+into a folder of its own, and each shard is checked before it joins the set (img2ds_launch.py).
+The output is what img2dataset documents: NNNNN.tar with jpg, txt, json, and NNNNN.parquet with a
+row for every address tried. Images keep their ratio, the shorter side at most `image_size`.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep import folder, img2ds_launch, url_list
+from data_prep.reasons import DNS, SUCCESS, TEMPORARY
+from loaders.errors import ConfigError, DataError
+
+# Below this share, unknown hosts are mostly dead sites (img2dataset's README advises a resolver).
+_DNS_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are fetched and stored. Sizes in pixels and bytes, times in seconds unless named.
+
+    `timeout` is for one socket operation, `image_seconds` for a whole image with its redirects.
+    `local_root`: the folder below which file: addresses are allowed.
+    """
+
+    image_size: int = 256
+    encode_quality: int = 95
+    processes: int = len(os.sched_getaffinity(0))
+    threads: int = 32
+    timeout: float = 10
+    retries: int = 2
+    image_seconds: float = 60
+    max_image_bytes: int = 64 << 20
+    max_image_pixels: int = 50_000_000
+    stall_minutes: float = 10
+    max_restarts: int = 3
+    user_agent_token: str = "img2dataset"
+    disallowed_header_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    allow_private_addresses: bool = False
+    local_root: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for values that cannot work."""
+        for name in (
+            "image_size",
+            "processes",
+            "threads",
+            "timeout",
+            "image_seconds",
+            "max_image_bytes",
+            "max_image_pixels",
+            "stall_minutes",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 <= self.encode_quality <= 100:
+            raise ConfigError(f"--encode-quality {self.encode_quality}: a JPEG quality is 0 to 100")
+        if self.retries < 0 or self.max_restarts < 0:
+            raise ConfigError("--retries and --max-restarts must not be negative")
+        if self.stall_minutes * 60 <= self.image_seconds * (1 + self.retries):
+            raise ConfigError(
+                f"--stall-minutes {self.stall_minutes:g} is not longer than one image may take: "
+                f"{1 + self.retries} tries of --image-seconds {self.image_seconds:g}"
+            )
+
+
+_HELP = {
+    "image_size": "shorter side of a stored image; smaller ones stay as they are",
+    "encode_quality": "JPEG quality",
+    "processes": "worker processes, each with one shard at a time",
+    "threads": "downloads at the same time in each process",
+    "timeout": "seconds for one socket operation",
+    "retries": "further tries of a failed download",
+    "image_seconds": "seconds for a whole image",
+    "max_image_bytes": "larger files are given up",
+    "max_image_pixels": "larger images are refused before they are decoded",
+    "stall_minutes": "minutes without any download after which img2dataset is restarted",
+    "max_restarts": "restarts in a row without a finished shard before giving up",
+    "user_agent_token": "name in the User-Agent header, and in X-Robots-Tag rules for us alone",
+}
+_STORED = ("image_size", "encode_quality")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for every field of `Options` but `local_root`."""
+    for name in _STORED:
+        _add(parser, name)
+    parser.add_argument(
+        "--disallowed-header-directives",
+        nargs="*",
+        default=list(Options.disallowed_header_directives),
+        help="X-Robots-Tag values that keep an image out; none given: all are taken "
+        "(default: %(default)s)",
+    )
+    add_network_arguments(parser)
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that may differ between two runs over the same set."""
+    for name in _HELP:
+        if name not in _STORED:
+            _add(parser, name)
+    parser.add_argument(
+        "--allow-private-addresses",
+        action="store_true",
+        help="also fetch from loopback, private and link-local addresses (a mirror of your own)",
+    )
+
+
+def _add(parser: argparse.ArgumentParser, name: str) -> None:
+    default = getattr(Options, name)
+    flag, kind = f"--{name.replace('_', '-')}", Options.__annotations__[name]
+    parser.add_argument(
+        flag, type=kind, default=default, help=f"{_HELP[name]} (default: {default})"
+    )
+
+
+def options(arguments: argparse.Namespace, **changes: Any) -> Options:
+    """`Options` from parsed flags; `changes` win. Raises `ConfigError`."""
+    given = {key: value for key, value in vars(arguments).items() if key in Options.__annotations__}
+    given |= changes
+    given["disallowed_header_directives"] = tuple(given["disallowed_header_directives"])
+    return Options(**given)
+
+
+def identity(options: Options, samples_per_shard: int) -> dict[str, Any]:
+    """What must stay the same while a set is prepared, for `Preparation.identity`."""
+    same: dict[str, Any] = {name: getattr(options, name) for name in _STORED}
+    same["disallowed_header_directives"] = list(options.disallowed_header_directives)
+    same["samples_per_shard"] = samples_per_shard
+    if options.local_root is not None:
+        same["local_root"] = str(options.local_root)
+    return same
+
+
+def from_identity(stored: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Options` that a set was begun with, from its `Preparation.identity`."""
+    same = {name: stored[name] for name in (*_STORED, "disallowed_header_directives")}
+    return same | {"local_root": Path(stored["local_root"]) if "local_root" in stored else None}
+
+
+def download(out: Path, part: int, parts: int, options: Options) -> None:
+    """Fetch the missing shards of one part of the set that `folder.begin` opened in `out`.
+
+    May be killed at any moment; the same call continues with the shards that are not finished.
+    Prints a summary. Raises `DataError` when the disk is full, when shards cannot be finished,
+    and when not one image of the part could be had.
+    """
+    fetch(out, part, parts, options)
+    summarise(out, range(part, folder.load(out).shards, parts))
+
+
+def fetch(out: Path, part: int, parts: int, options: Options) -> None:
+    """`download` without the summary."""
+    folder.check_part(part, parts)
+    rows = shard_rows(out)
+    planned = folder.load(out).shards
+    if len(rows) < planned:
+        raise DataError(
+            f"{out}: {folder.RUN} plans {planned} shards, but the list in {folder.LIST}/ makes "
+            f"{len(rows)}; restore the folder, or begin again in an empty one"
+        )
+    if not folder.missing(out, part, parts):
+        return
+    with folder.working_folder(out, part, parts) as stage:
+        folder.reopen(out)
+        done = [s for s in folder.finished(out) if s % parts == part]
+        with tqdm(
+            total=sum(rows[part:planned:parts]),
+            initial=sum(rows[s] for s in done),
+            desc=folder.load(out).name,
+            unit="img",
+            mininterval=1,
+        ) as bar:
+            _launch_until_finished(out, part, parts, options, rows, stage, bar)
+
+
+def _launch_until_finished(out, part, parts, options, rows, stage, bar) -> None:
+    """Start img2dataset until no shard is missing; a start that finishes none is a failure."""
+    failures, number = 0, 0
+    while todo := folder.missing(out, part, parts):
+        launch = img2ds_launch.Launch(out, stage / f"out-{number}", todo, rows, options, bar)
+        try:
+            reason = launch.run()
+        except OSError as error:
+            if error.errno not in img2ds_launch.DISK_FULL:
+                raise
+            raise folder.disk_full(out, part, parts, launch.staged) from None
+        number += 1
+        left = folder.missing(out, part, parts)
+        if not left:
+            return
+        failures = failures + 1 if len(left) == len(todo) else 1
+        tqdm.write(f"{out}: {reason}. The last lines of img2dataset:\n{launch.tail()}", sys.stderr)
+        if failures > options.max_restarts:
+            raise DataError(
+                f"{out}: shards {img2ds_launch.some(left)} could not be finished ({reason}; "
+                f"{failures} starts in a row without a finished shard). Finished shards are "
+                "valid. Look at the lines above (killed for memory: fewer --threads and "
+                "--processes), then run the same command again"
+            )
+        tqdm.write(f"{out}: starting it again for {len(left)} shards", sys.stderr)
+
+
+def shard_rows(out: Path) -> list[int]:
+    """Number of rows of each shard, in img2dataset's numbering over the sorted list files."""
+    size = folder.load(out).samples_per_shard
+    rows = []
+    for entry in sorted(url_list.read_index(out)["files"], key=lambda entry: entry["file"]):
+        rows += [min(size, entry["rows"] - start) for start in range(0, entry["rows"], size)]
+    return rows
+
+
+def summarise(out: Path, shards: Iterable[int]) -> None:
+    """Print what became of the rows of finished shards. `DataError` if no image was kept."""
+    done = folder.finished(out)
+    chosen = [done[shard] for shard in shards if shard in done]
+    groups = img2ds_launch.count_reasons(chosen)
+    rows = sum(groups.values())
+    if not rows:
+        return
+    print(f"{out}: kept {groups[SUCCESS]} of {rows} rows ({groups[SUCCESS] / rows:.1%})")
+    failures = [(group, n) for group, n in groups.most_common() if group != SUCCESS]
+    lines = [f"  {group:<20} {n:>10} {n / rows:7.2%}" for group, n in failures]
+    print(*lines, sep="\n")
+    if groups[DNS] > _DNS_SHARE * rows:
+        print(
+            f"{groups[DNS] / rows:.1%} of the host names were not resolved. Public resolvers limit "
+            "many questions a second: run a local one (knot-resolver, unbound), then retry"
+        )
+    if any(group in TEMPORARY for group, _ in failures):
+        print(f"retry: python data_prep/retry_failed.py {out}")
+    if not any(stats["successes"] for stats in done.values()):
+        top = ", ".join(f"{group} {n}" for group, n in failures[:3])
+        raise DataError(
+            f"{out}: not one of {rows} rows gave an image ({top}). Check the network, the list and "
+            f"the proxy variables, then: python data_prep/retry_failed.py {out} --reasons all"
+        )

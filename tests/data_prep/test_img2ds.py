@@ -1,0 +1,434 @@
+"""Real img2dataset runs over the test server: what is kept, and what becomes of the rest."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tarfile
+import threading
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import folder, img2ds, img2ds_child
+from data_prep.img2ds_launch import check_shard
+from data_prep.reasons import FAILURES, reason_group
+from loaders.errors import ConfigError
+from loaders.manifest import open_shards
+from tests.data_prep import downloads, http_server
+from tests.data_prep.downloads import BODIES, EXPECTED, SHARD, command, kept, rows, run, write_list
+from tests.data_prep.http_server import BOMB_PIXELS, LIMIT, serve
+
+PATHS = list(EXPECTED)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    yield from downloads.base(tmp_path_factory.getbasetemp() / "download")
+
+
+@pytest.fixture(scope="session")
+def halves(tmp_path_factory):
+    """A GCC-12M-shaped list fetched by two commands at the same time, no opt-out respected."""
+    home = tmp_path_factory.mktemp("halves")
+    with serve() as server:
+        tsv = write_list(home / "cc12m.tsv", server, PATHS[:30], url_first=True)
+        common = ["--disallowed-header-directives", "--parts", "2"]
+        commands = [
+            command(tsv, home / "D", *common, "--part", part, samples_per_shard=8, processes=1)
+            for part in (0, 1)
+        ]
+        with downloads.marked(commands[0]) as first, downloads.marked(commands[1]) as second:
+            first.finish()
+            second.finish()
+        yield home / "D", tsv, dict(server.requests)
+
+
+def test_every_row_is_kept_or_has_its_reason(base):
+    found = {PATHS[row["row"]]: reason_group(row["error_message"] or "success")
+             for row in rows(base.out)}  # fmt: skip
+    assert found == EXPECTED
+    assert len(rows(base.out)) == len(PATHS)
+
+
+def test_kept_images_are_those_of_the_server_and_shards_hold_the_list_in_order(base):
+    for row in rows(base.out):
+        path = PATHS[row["row"]]
+        assert row["url"] == base.server.url(path)
+        assert row["caption"] == f'"caption of {path}'
+        assert row["shard"] == row["row"] // SHARD
+        assert row["key"] == folder.sample_key(row["shard"], row["row"] % SHARD, SHARD)
+        if EXPECTED[path] == "success":
+            assert row["sha256"] == hashlib.sha256(BODIES[path]).hexdigest()
+
+
+def test_stored_images_keep_their_ratio_and_are_only_made_smaller(base):
+    sizes = {}
+    for tar in (base.out / "shards").glob("*.tar"):
+        with tarfile.open(tar) as members:
+            for member in members:
+                if member.name.endswith(".jpg"):
+                    image = Image.open(members.extractfile(member))
+                    image.load()
+                    key = (int(tar.stem), int(member.name[5:].split(".")[0]))
+                    sizes[PATHS[key[0] * SHARD + key[1]]] = (image.format, image.size, image.mode)
+    assert set(sizes) == {path for path, group in EXPECTED.items() if group == "success"}
+    assert {form for form, _, _ in sizes.values()} == {"JPEG"}
+    assert sizes["/large.jpg"][1] == (384, 256)  # 900 x 600
+    assert sizes["/tiny.png"][1] == (20, 12)
+    assert sizes["/rotated.jpg"][1] == (320, 240)  # img2dataset does not turn images
+    assert sizes["/grey.jpg"][2] == "L"
+    assert sizes["/cmyk.jpg"][2] == "RGB"
+
+
+def test_shards_are_closed_by_verify_and_read_by_the_loader(base, tmp_path):
+    out = tmp_path / "D"
+    shutil.copytree(base.out, out)
+    done = run([sys.executable, str(downloads.REPOSITORY / "data_prep" / "verify.py"), str(out)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    shards = open_shards(out)
+    assert shards.kind == "image_text"
+    expected = {}
+    for tar in sorted((base.out / "shards").glob("*.tar")):
+        with tarfile.open(tar) as members:
+            expected |= {member.name: members.extractfile(member).read() for member in members}
+    assert len(shards) * 3 == len(expected)
+    for i in range(len(shards)):
+        key = shards.key(i)
+        assert shards.read_image(i) == expected[f"{key}.jpg"]
+        assert shards.read_text(i) == expected[f"{key}.txt"].decode()
+        row = json.loads(expected[f"{key}.json"])["row"]
+        assert shards.read_text(i) == f'"caption of {PATHS[row]}'
+    assert json.loads((out / "manifest.json").read_bytes())["yield"] == {
+        "attempted": len(PATHS),
+        "kept": len(shards),
+    }
+
+
+def test_requests_are_polite(base):
+    """Refusals for good are asked once, others as often as --retries says, with our name."""
+    asked_twice = {"http 5xx", "incomplete", "timeout", "connection"}
+    for path, group in EXPECTED.items():
+        if path in ("/loop", "/flaky.jpg", "/busy.jpg", "/hops/5", "/redirect5.jpg"):
+            continue
+        assert base.requests[path] == (2 if group in asked_twice else 1), path
+    assert base.requests["/flaky.jpg"] == base.requests["/busy.jpg"] == 2
+    assert base.requests["/loop"] <= 6
+    assert base.server.agents == {agent for agent in base.server.agents if "unicl-test" in agent}
+
+
+def test_the_summary_counts_the_reasons(base):
+    groups = Counter(EXPECTED.values())
+    assert f"kept {groups.pop('success')} of {len(PATHS)} rows" in base.printed
+    table = [line.split() for line in base.printed.splitlines() if line.startswith("  ")]
+    assert {" ".join(words[:-2]): int(words[-2]) for words in table} == groups
+    assert f"retry: python data_prep/retry_failed.py {base.out}" in base.printed
+    assert f"next: python data_prep/verify.py {base.out}" in base.printed
+
+
+def test_a_finished_set_is_left_alone(base):
+    before, requests = downloads.state(base.out), dict(base.server.requests)
+    (base.out / "manifest.json").write_text("closed")
+    done = run(command(base.tsv, base.out))
+    assert done.returncode == 0, done.stderr
+    assert (base.out / "manifest.json").read_text() == "closed"
+    (base.out / "manifest.json").unlink()
+    assert downloads.state(base.out) == before
+    assert base.server.requests == requests
+
+
+def test_only_shards_are_in_the_folder_of_shards(base):
+    names = {f"{shard:05d}{end}" for shard in range(-(-len(PATHS) // SHARD))
+             for end in (".tar", ".parquet", "_stats.json")}  # fmt: skip
+    assert {path.name for path in (base.out / "shards").iterdir()} == names
+    assert [path.name for path in (base.out / "work").iterdir()] == ["00000-of-00001.lock"]
+
+
+def test_two_parts_make_together_what_one_makes(base, halves):
+    out = halves[0]
+    opted_out = {PATHS.index("/noai.jpg"), PATHS.index("/noindex.jpg")}
+    both = dict(kept(out))
+    assert {row: both[row] for row in both if row not in opted_out} == {
+        row: sha for row, sha in kept(base.out) if row < 30
+    }
+    assert sorted(row["row"] for row in rows(out)) == list(range(30))
+    assert {row["shard"] for row in rows(out)} == {0, 1, 2, 3}
+    assert [path.name for path in (out / "shards").glob("*.tar") if int(path.stem) > 3] == []
+
+
+def test_opt_outs_are_taken_when_no_directive_is_named(halves):
+    found = dict(kept(halves[0]))
+    for path in ("/noai.jpg", "/noindex.jpg"):
+        assert found[PATHS.index(path)] == hashlib.sha256(BODIES[path]).hexdigest()
+
+
+def test_another_list_or_size_is_refused(halves, base):
+    out, tsv, _ = halves
+    before = downloads.state(out)
+    for changed in (
+        command(base.tsv, out, samples_per_shard=8),
+        command(tsv, out, samples_per_shard=9),
+        command(tsv, out, "--image-size", "128", samples_per_shard=8),
+        command(tsv, out, samples_per_shard=8),  # opt-outs respected now
+    ):
+        done = run(changed)
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert "error: " in done.stderr
+    assert downloads.state(out) == before
+
+
+def test_nothing_kept_is_an_error_and_private_addresses_are_not_asked(tmp_path):
+    with serve() as server:
+        hosts = ("127.0.0.1", "localhost", "2130706433", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]")
+        lines = [f"caption\thttp://{host}:{server.port}/jpeg/1.jpg" for host in hosts]
+        (tmp_path / "l.tsv").write_text("\n".join(lines))
+        arguments = command(tmp_path / "l.tsv", tmp_path / "D", processes=1)
+        arguments.remove("--allow-private-addresses")
+        done = run(arguments)
+        assert not server.requests
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert (
+        f"not one of {len(hosts)} rows gave an image (private address {len(hosts)})" in done.stderr
+    )
+    assert folder.finished(tmp_path / "D")[0]["successes"] == 0
+    again = run(arguments)
+    assert again.returncode == 3
+    assert "retry_failed.py" in again.stderr
+
+
+_NAMESPACE = """
+import sys
+from tests.data_prep.downloads import command, rows, run
+from tests.data_prep.http_server import serve
+from pathlib import Path
+home = Path(sys.argv[1])
+with serve("93.184.215.14") as server:
+    inside = f"http://10.1.2.3:{server.port}/jpeg/2.jpg"
+    unknown = "http://no.such.host.invalid/1.jpg"
+    urls = [server.url("/jpeg/1.jpg"), server.url("/inside.jpg"), inside, unknown]
+    (home / "l.tsv").write_text("".join(f"caption\\t{url}\\n" for url in urls))
+    arguments = command(home / "l.tsv", home / "D", processes=1)
+    arguments.remove("--allow-private-addresses")
+    done = run(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "run a local one (knot-resolver, unbound)" in done.stdout
+    assert set(server.requests) == {"/jpeg/1.jpg", "/inside.jpg"}, server.requests
+for row in sorted(rows(home / "D"), key=lambda row: row["row"]):
+    print(row["error_message"] or row["status"])
+"""
+
+
+def test_a_redirect_to_a_private_address_is_not_followed_and_unknown_hosts_bring_advice(tmp_path):
+    """In a network of its own, where a public address is ours."""
+    set_up = "ip link set lo up && ip addr add 93.184.215.14/32 dev lo && "
+    set_up += "ip addr add 10.1.2.3/32 dev lo"
+    enter = ["unshare", "--net", "sh", "-c"]
+    if run([*enter, set_up]).returncode if shutil.which("unshare") else True:
+        pytest.skip("a network namespace cannot be made here (unshare --net, ip)")
+    script = tmp_path / "script.py"
+    script.write_text(_NAMESPACE)
+    environment = {**os.environ, "PYTHONPATH": str(downloads.REPOSITORY)}
+    done = run([*enter, f'{set_up} && "$@"', "sh", sys.executable, str(script), str(tmp_path)],
+               environment)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    groups = [reason_group(line) for line in done.stdout.splitlines()]
+    assert groups == ["success", "private address", "private address", "dns"]
+
+
+@pytest.fixture
+def opener(tmp_path):
+    """The child's opener in this process."""
+
+    def make(**changed):
+        settings = {
+            "image_seconds": 5,
+            "max_image_bytes": LIMIT,
+            "allow_private_addresses": True,
+            "local_root": None,
+            "user_agent_token": "x",
+            "disallowed_header_directives": [],
+            "started": str(tmp_path / "started"),
+        }
+        return img2ds_child.Opener(settings | changed)
+
+    return make
+
+
+def fetch(opener, url):
+    """What img2dataset does with the installed opener."""
+    with opener.open(urllib.request.Request(url), None, 2) as response:
+        return response.read()
+
+
+def test_files_are_read_below_the_local_root_alone(opener, tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a b.jpg").write_bytes(b"image")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "secret")
+    local = opener(local_root=str(tmp_path / "root"))
+    assert fetch(local, f"file://{tmp_path}/root/a%20b.jpg") == b"image"
+    (tmp_path / "root" / "large").write_bytes(bytes(LIMIT + 1))
+    for name, group in {
+        "secret": "scheme not allowed",
+        "root/../secret": "scheme not allowed",
+        "root/link": "scheme not allowed",
+        "root/none": "missing file",
+        "root/large": "too large",
+    }.items():
+        with pytest.raises(OSError, match=r".") as caught:
+            fetch(local, f"file://{tmp_path}/{name}")
+        assert reason_group(str(caught.value)) == group, name
+    for url in (f"file://{tmp_path}/root/a%20b.jpg", "ftp://127.0.0.1/x", "data:,x", "jar:x"):
+        with pytest.raises(OSError, match="scheme not allowed"):
+            fetch(opener(), url)
+
+
+def test_https_is_fetched_under_the_same_limits(opener, tmp_path, monkeypatch):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out",
+         "cert.pem", "-days", "2", "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    server = http_server.Server()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    address = f"https://127.0.0.1:{server.port}"
+    try:
+        with pytest.raises(OSError, match="certificate") as caught:
+            fetch(opener(), f"{address}/jpeg/1.jpg")
+        assert reason_group(str(caught.value)) == "tls"
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        assert fetch(opener(), f"{address}/jpeg/1.jpg") == http_server.jpeg(1)
+        for path, group in {"/endless.jpg": "too large", "/drip.jpg": "too slow"}.items():
+            with pytest.raises(OSError, match=r".") as caught:
+                fetch(opener(image_seconds=1), address + path)
+            assert reason_group(str(caught.value)) == group
+        with pytest.raises(OSError, match="private address"):
+            fetch(opener(allow_private_addresses=False), f"{address}/jpeg/2.jpg")
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("10.0.0.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("192.168.1.1", False),
+        ("224.0.0.1", False),
+        ("0.0.0.0", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::ffff:8.8.8.8", True),
+    ],
+)
+def test_public_addresses(address, public):
+    assert img2ds_child.is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    ("message", "group"),
+    [
+        ("<urlopen error [Errno -2] Name or service not known>", "dns"),
+        ("<urlopen error [Errno -3] Temporary failure in name resolution>", "dns"),
+        ("<urlopen error [Errno 111] Connection refused>", "connection"),
+        ("<urlopen error [Errno 113] No route to host>", "connection"),
+        ("<urlopen error [Errno 110] Connection timed out>", "timeout"),
+        ("<urlopen error timed out>", "timeout"),
+        ("The read operation timed out", "timeout"),
+        ("Remote end closed connection without response", "connection"),
+        ("<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate "
+         "has expired (_ssl.c:1006)>", "tls"),
+        ("_ssl.c:989: The handshake operation timed out", "timeout"),
+        ("<urlopen error EOF occurred in violation of protocol (_ssl.c:1006)>", "tls"),
+        ("HTTP Error 404: Not Found", "http 404"),
+        ("HTTP Error 429: Too Many Requests", "http 429"),
+        ("HTTP Error 451: Unavailable For Legal Reasons", "http 4xx"),
+        ("HTTP Error 521: ", "http 5xx"),
+        ("HTTP Error 308: Permanent Redirect", "redirect"),
+        ("URL can't contain control characters. '/a b' (found at least ' ')", "bad url"),
+        ("nonnumeric port: 'x'", "bad url"),
+        ("IncompleteRead(1000 bytes read, 5533 more expected)", "incomplete"),
+        ("Image decoding error", "not an image"),
+        ("something new", "other"),
+        ("", "other"),
+        ("success", "success"),
+    ],
+)  # fmt: skip
+def test_reason_groups(message, group):
+    assert reason_group(message) == group
+    assert group in (*FAILURES, "success")
+
+
+def test_options_that_cannot_work_are_refused():
+    for wrong in (
+        {"threads": 0},
+        {"encode_quality": 101},
+        {"retries": -1},
+        {"stall_minutes": 1.0, "image_seconds": 30.0, "retries": 1},
+    ):
+        with pytest.raises(ConfigError):
+            img2ds.Options(**wrong)
+
+
+def test_a_shard_that_does_not_hold_what_it_states_is_found(base, tmp_path):
+    stats = folder.finished(base.out)[0]
+    shards = tmp_path / "shards"
+
+    def fresh():
+        shutil.rmtree(shards, ignore_errors=True)
+        shutil.copytree(base.out / "shards", shards)
+
+    fresh()
+    assert check_shard(shards, 0, stats, SHARD) is None
+    assert "13 rows in the list" in check_shard(shards, 0, stats, SHARD + 1)
+    tar = shards / "00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-20_000])
+    assert "damaged" in check_shard(shards, 0, stats, SHARD)
+    fresh()
+    shutil.copy(shards / "00002.parquet", shards / "00000.parquet")
+    shutil.copy(shards / "00003.tar", tar)
+    assert "images in the tar" in check_shard(shards, 0, stats, SHARD)
+    (shards / "00000.parquet").write_bytes(b"")
+    assert "damaged" in check_shard(shards, 0, stats, SHARD)
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    with serve() as server:
+        tsv = write_list(tmp_path / "l.tsv", server, ["/jpeg/1.jpg"])
+        done = run(command(tsv, tmp_path / "D[1]"))
+    assert done.returncode == 2
+    assert "pattern" in done.stderr
+
+
+def test_the_server_is_what_it_says():
+    """The oddities that the tests above rest on."""
+    bomb = Image.open(io.BytesIO(http_server.bomb()))
+    assert np.prod(bomb.size) == BOMB_PIXELS
+    assert len(http_server.bomb()) < 100_000
+    with serve() as server:
+        with pytest.raises(ConnectionResetError):
+            urllib.request.urlopen(server.url("/reset.jpg"))
+        assert urllib.request.urlopen(server.url("/hops/5")).read() == BODIES["/redirect5.jpg"]
+        assert Path(urllib.request.urlopen(server.url("/noai.jpg")).url).name == "noai.jpg"
