@@ -1,0 +1,170 @@
+"""A whole release of ImageNet (ImageNet-22K, ImageNet-21K) to shards, without unpacking it.
+
+    python data_prep/imagenet21k.py --archive fall11_whole.tar --release fall11 --out D
+    python data_prep/imagenet21k.py --archive winter21_whole.tar --release winter21 --out D
+
+`--archive` is the tar of class tars, or a folder of class archives `n00004475.tar` or class folders
+`n00004475/`. ImageNet-22K of the UniCL paper is the release fall11; with `--exclude-in1k` the
+classes of ImageNet-1K are left out by WNID, which gives its ImageNet-21K. Labels are the ranks of
+the sorted WNIDs that have images, class names the words of WordNet 3.0. Images keep their bytes.
+After a kill the same command makes what is missing.
+"""
+
+# ruff: noqa: E402  (started as a script, the repository must be put on the path first)
+import argparse
+import sys
+from datetime import date
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from data_prep import folder, wordnet
+from data_prep.image_table import Images, sample_reader
+from data_prep.imagenet import LICENSE, read_classes, say_next
+from data_prep.nested_tar import open_images
+from data_prep.shard_writer import permutation, write_shards
+from loaders.errors import ConfigError, DataError, run_cli
+
+# Classes: Alibaba-MIIL/ImageNet21K issue 16. Which release is the paper's: its Table 1 has 21,841
+# concepts and 14.2 M images.
+CLASS_COUNTS = {"fall11": 21_841, "winter21": 19_167}
+NAMES = {  # release, without the classes of ImageNet-1K -> name of the set
+    ("fall11", False): "imagenet22k",
+    ("fall11", True): "imagenet21k",
+    ("winter21", False): "imagenet_winter21",
+    ("winter21", True): "imagenet_winter21_without_1k",
+}
+NOTES = {
+    "fall11": "the release of the UniCL paper's ImageNet-22K",
+    "winter21": "not ImageNet-22K of the UniCL paper (that is fall11): 2,674 classes fewer",
+}
+SEED = 0
+
+
+def check_groups(images: Images, source: Path) -> list[str]:
+    """Classes with images, sorted by WNID; prints what is odd but usable.
+
+    Raises `DataError` for images without classes, classes that are not named by WNID, and a class
+    all of whose images are named for another one.
+    """
+    strange = [g for g in images.groups if not (g[:1] == "n" and len(g) == 9 and g[1:].isdecimal())]
+    if strange:
+        what = "images that are not sorted into classes" if strange == [""] else "not named by WNID"
+        raise DataError(
+            f"{source}: {what} {', '.join(map(repr, strange[:5]))}; name the archive or the folder "
+            "that holds n00004475.tar and others, or n00004475/ and others"
+        )
+    rows = list(zip(images.groups, images.counts().tolist(), images.misplaced, strict=True))
+    for group, count, misplaced in rows:
+        if count and misplaced == count:
+            raise DataError(
+                f"{source}: all {count} images of {group} are named for another class: the "
+                "folders were renamed or mixed; unpack the archive again"
+            )
+    if any(images.misplaced):
+        print(f"note: {sum(images.misplaced)} images are named for another class than they lie in")
+    empty = [group for group, count, _ in rows if not count]
+    if empty:
+        print(f"note: {len(empty)} classes without images are left out: {', '.join(empty[:5])}")
+    if images.ignored:
+        print(f"note: files without the name of an image: {', '.join(images.ignored)}")
+    return [group for group, count, _ in rows if count]
+
+
+def check_counts(args: argparse.Namespace, classes: int, images: int) -> None:
+    """Raise `DataError` unless the set has the stated numbers of classes and images."""
+    for what, found, expected in (
+        ("classes", classes, args.expected_classes),
+        ("images", images, args.expected_images),
+    ):
+        if expected is not None and found != expected:
+            raise DataError(
+                f"{args.archive}: {found} {what} to write, but --expected-{what} {expected}; the "
+                "archive is not complete, or is another one"
+            )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Check and count the source, then write the missing shards of this part."""
+    images = open_images(args.archive, args.out)
+    present = check_groups(images, args.archive)
+    in1k = {entry["synset"] for entry in read_classes()}
+    found = sorted(in1k.intersection(present))
+    count = dict(zip(images.groups, images.counts().tolist(), strict=True))
+    facts = {
+        "release": args.release,
+        "release_note": NOTES[args.release],
+        "classes_in_archive": len(present),
+        "images_in_archive": len(images),
+        "in1k_classes_in_archive": len(found),
+        "in1k_images_in_archive": sum(count[group] for group in found),
+        "in1k_classes_not_in_archive": sorted(in1k - set(found))[:10],
+        "in1k_excluded": args.exclude_in1k,
+    }
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' ')}: {value}")
+    if len(present) != CLASS_COUNTS[args.release]:
+        print(
+            f"note: {len(present)} classes with images, but {args.release} is said to have "
+            f"{CLASS_COUNTS[args.release]}: is --release right, and the archive complete?"
+        )
+    chosen = [group for group in present if not (args.exclude_in1k and group in in1k)]
+    images = images.only(chosen)
+    check_counts(args, len(chosen), len(images))
+    if not chosen:
+        raise DataError(f"{args.archive}: no class is left")
+    size = args.samples_per_shard
+    preparation = folder.Preparation(
+        tool="data_prep/imagenet21k.py",
+        name=NAMES[args.release, args.exclude_in1k],
+        kind="image_label",
+        source=f"ImageNet, release {args.release} (https://image-net.org)",
+        license=LICENSE,
+        date=date.today().isoformat(),
+        shards=-(-len(images) // size),
+        samples_per_shard=size,
+        attempted=len(images),
+        identity={
+            "images_sha256": images.digest,
+            "release": args.release,
+            "exclude_in1k": args.exclude_in1k,
+            "seed": SEED,
+            "samples_per_shard": size,
+        },
+        extra=facts,
+    )
+    table = [
+        {"id": label, "synset": synset, "names": list(wordnet.names(synset))}
+        for label, synset in enumerate(chosen)
+    ]
+    folder.begin(args.out, preparation, table)
+    print(f"{preparation.name}: {len(chosen)} classes, {len(images)} images")
+    read = sample_reader(images, images.rows["group"], chosen, "{synset}/{name}")
+    write_shards(args.out, permutation(len(images), SEED), read, args.part, args.parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--archive", type=Path, required=True, help="tar of class tars, or folder")
+    parser.add_argument("--release", choices=sorted(CLASS_COUNTS), required=True)
+    parser.add_argument("--exclude-in1k", action="store_true", help="leave out ImageNet-1K classes")
+    parser.add_argument("--expected-classes", type=int, help="refuse another number to write")
+    parser.add_argument("--expected-images", type=int, help="refuse another number to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="default: 10000")
+    folder.add_part_arguments(parser)
+    args = parser.parse_args()
+    folder.check_part(args.part, args.parts)
+    if args.samples_per_shard < 1:
+        raise ConfigError("--samples-per-shard must be at least 1")
+    if not args.archive.exists():
+        raise DataError(f"{args.archive}: no such file or folder")
+    prepare(args)
+    say_next(args.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)
