@@ -1,6 +1,7 @@
 # make quickstart   environment, training under DeepSpeed on the shipped data, tables and pictures
 # make test         environment and all tests
 # make lint         ruff
+# make bench        ratios against named peers, into benchmarks/results/ (an hour and more)
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -17,7 +18,8 @@ export HF_DATASETS_OFFLINE ?= 1
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint bench
+BENCHES := loss data_prep
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,3 +44,6 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	@for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name || exit $$?; done
