@@ -7,6 +7,7 @@ timm_model.py (`visual.trunk`, `visual.head.proj`), transformer.py (TextTransfor
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,12 @@ def write(run: LoadedRun, folder: Path) -> str:
     save_file(formats.contiguous(state), folder / WEIGHTS_FILE, {"format": "pt"})
     content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess}
     formats.write_json(folder / CONFIG_FILE, content)
-    return f'open_clip.create_model_and_transforms("{LOCAL_PREFIX}{folder}")'
+    bound = str(folder.resolve()) in json.dumps(content)
+    return f'open_clip.create_model_and_transforms("{LOCAL_PREFIX}{folder}")' + (
+        f"\n{CONFIG_FILE} holds this folder's absolute path: rewrite it after moving"
+        if bound
+        else ""
+    )
 
 
 def _vision(run: LoadedRun, cfg: ModelConfig, folder: Path) -> dict[str, Any]:

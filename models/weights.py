@@ -1,8 +1,8 @@
-"""Weights from elsewhere: the official UniCL release, and checkpoints of this repository's runs."""
+"""Models from files: this repository's runs and exports, official UniCL, open_clip, OpenAI CLIP."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +10,145 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 import models
 from loaders.errors import ConfigError, DataError
+from models import open_clip_config, open_clip_weights, weight_files
 from models.config import ModelConfig
 from models.official_unicl import convert, infer_config, read_official
 from models.two_tower import TwoTower
 
+# Weights of an open_clip folder, in open_clip's own order (open_clip/factory.py,
+# _find_checkpoint_in_dir).
+OPEN_CLIP_FILES = (
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors",
+    "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model from a run folder, with what an evaluation row has to say about it."""
+    """A model with what an evaluation row has to say about it.
+
+    `cfg` has at least the `model:` section (image statistics, tokenizer and context length
+    included); a run's is complete. `step` is None where the file does not say. `path` is the
+    checkpoint folder of a run, else the file. `name` is for tables: the run folder's name, the
+    folder's or the file's stem.
+    """
 
     model: TwoTower
     cfg: dict[str, Any]
-    step: int
+    step: int | None
     checkpoint_hash: str
     path: Path
+    name: str
+
+
+def load(path: str | Path) -> LoadedRun:
+    """Load a model for evaluation, whoever trained it.
+
+    Recognised are
+    - a run folder or one of its checkpoint folders (`load_run`);
+    - our exports: a `.pt` file, a `.safetensors` file or the folder of one;
+    - a released UniCL file, both namings (`load_official_unicl`);
+    - an open_clip folder (`open_clip_config.json` and weights), or such a weights file in it;
+    - a state dict of OpenAI's CLIP (ViT or ModifiedResNet) with the sizes that its archive holds.
+
+    Nothing but tensors and plain containers is unpickled.
+
+    Raises:
+        DataError: none of these, a part that our towers cannot express, weights that do not fit or
+            are not finite, or a file that could run code when opened.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    state, facts = weight_files.read(path)
+    if facts is not None:
+        return _load_export(path, state, facts, path.stem)
+    if any(f"{top}.patch_embed.proj.weight" in state for top in ("image_encoder", "visual")):
+        return _loaded(load_official_unicl(path), path, path.stem)
+    if any(name.startswith("visual.") for name in state) and "logit_scale" in state:
+        return _load_clip(path, state, path.stem)
+    raise DataError(
+        f"{path}: not recognised; its keys begin with "
+        f"{sorted({name.split('.')[0] for name in state})[:8]}. Known are our .pt and .safetensors "
+        "exports, released UniCL files, and state dicts of open_clip or OpenAI's CLIP (not of "
+        "transformers' CLIPModel)"
+    )
+
+
+def _load_folder(path: Path) -> LoadedRun:
+    name = path.resolve().name
+    if (path / open_clip_config.CONFIG_FILE).is_file():
+        files = [path / file for file in OPEN_CLIP_FILES if (path / file).is_file()]
+        if not files:
+            raise DataError(
+                f"{path}: none of {', '.join(OPEN_CLIP_FILES)} beside the configuration"
+            )
+        return _load_clip(files[0], weight_files.read(files[0])[0], name)
+    weights = path / "model.safetensors"
+    if weights.is_file() and (path / "config.json").is_file():
+        state, facts = weight_files.read(weights)
+        if facts is None:
+            raise DataError(
+                f"{path}: a folder for timm or transformers; give the run itself, or its export "
+                "in the format pt, safetensors or open_clip"
+            )
+        return _load_export(weights, state, facts, name)
+    return load_run(path)
+
+
+def _load_clip(path: Path, state: dict[str, Tensor], name: str) -> LoadedRun:
+    folder = path.parent
+    if open_clip_config.is_openai(state):
+        config = open_clip_config.openai_config(state)
+    elif (folder / open_clip_config.CONFIG_FILE).is_file():
+        config = open_clip_config.read_config(folder)
+    else:
+        raise DataError(
+            f"{path}: these weights do not say which activation, head width and image statistics "
+            f"they need. Put {open_clip_config.CONFIG_FILE} beside them, for example with "
+            "python -c \"import json, open_clip; json.dump({'model_cfg': "
+            "open_clip.get_model_config('ViT-B-32'), 'preprocess_cfg': {}}, "
+            f"open('{folder / open_clip_config.CONFIG_FILE}', 'w'))\""
+        )
+    return _loaded(open_clip_weights.build(state, config, folder), path, name)
+
+
+def _load_export(
+    path: Path, state: dict[str, Tensor], facts: dict[str, Any], name: str
+) -> LoadedRun:
+    try:
+        model = models.build(ModelConfig.from_dict(facts["config"]))
+        model.load_state_dict(state)
+    except (ConfigError, RuntimeError) as error:
+        raise DataError(f"{path}: configuration and weights do not agree: {error}") from error
+    return _loaded(model.eval(), path, name, facts["step"])
+
+
+def _loaded(model: TwoTower, path: Path, name: str, step: int | None = None) -> LoadedRun:
+    _refuse_non_finite(model, path)
+    cfg = {"name": name, "model": dataclasses.asdict(model.cfg)}
+    return LoadedRun(model, cfg, step, weight_files.digest(path), path, name)
+
+
+def _refuse_non_finite(model: TwoTower, path: Path) -> None:
+    names = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise DataError(
+            f"{path}: NaN or infinite weights in {', '.join(names[:3])}{more}; the training "
+            "diverged before this was saved, take an earlier checkpoint"
+        )
 
 
 def load_official_unicl(path: str | Path, allow_partial: bool = False) -> TwoTower:
@@ -101,7 +223,8 @@ def load_run(path: str | Path) -> LoadedRun:
         SHA-256 of the weights file.
 
     Raises:
-        DataError: a file is missing, or the weights do not fit the configuration exactly.
+        DataError: a file is missing, or the weights do not fit the configuration exactly or are
+            not finite.
     """
     run, checkpoint = _locate_run(Path(path))
     step = re.fullmatch(r"step_(\d+)", checkpoint.name)
@@ -125,6 +248,6 @@ def load_run(path: str | Path) -> LoadedRun:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise DataError(f"{weights}: does not fit {run / 'config.yaml'}: {error}") from error
-    with weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return LoadedRun(model.eval(), cfg, int(step.group(1)), digest, checkpoint)
+    _refuse_non_finite(model, weights)
+    name, digest = run.resolve().name, weight_files.digest(weights)
+    return LoadedRun(model.eval(), cfg, int(step.group(1)), digest, checkpoint, name)

@@ -62,6 +62,7 @@ def test_open_clip_folder(image, tmp_path):
     how = export(tmp_path / "run", "open_clip", tmp_path / "out")
     name = f"local-dir:{tmp_path / 'out'}"
     assert name in how
+    assert ("holds this folder's absolute path" in how) == (image != "resnet")
     theirs, _, transform = open_clip.create_model_and_transforms(name)
     theirs.eval()
     assert type(theirs).__name__ == "CustomTextCLIP"
@@ -82,7 +83,7 @@ def test_open_clip_folder(image, tmp_path):
 
 def test_open_clip_folder_of_a_named_architecture_holds_no_path(tmp_path):
     run_folder.write(tmp_path / "run", "resnet")
-    export(tmp_path / "run", "open_clip", tmp_path / "out")
+    assert "absolute" not in export(tmp_path / "run", "open_clip", tmp_path / "out")
     config = (tmp_path / "out" / "open_clip_config.json").read_text()
     assert json.loads(config)["model_cfg"]["vision_cfg"]["timm_model_name"] == "test_resnet"
     assert str(tmp_path) not in config
