@@ -46,6 +46,14 @@ def main() -> None:
     from engine import build, dist
 
     dist.map_environment(os.environ)
+    evaluate = None
+    if cfg.evals.every_steps:
+        from functools import partial
+
+        from eval import in_training
+
+        chosen = in_training.select(cfg.evals.tasks)
+        evaluate = partial(in_training.evaluate, chosen=chosen)
     plan = build.plan(cfg, world_size=int(os.environ["WORLD_SIZE"]))
     if arguments.dry_run:
         if os.environ["RANK"] == "0":
@@ -56,7 +64,7 @@ def main() -> None:
     from engine.loop import Trainer
 
     device = dist.initialise(cfg.timeout_minutes)
-    Trainer(plan, device).run()
+    Trainer(plan, device, evaluate).run()
     dist.finish()
 
 

@@ -5,6 +5,8 @@
     D/list/              rows to download, as parquet
     D/shards/            finished shards only: NNNNN.tar, NNNNN_stats.json, downloads also .parquet
     D/work/              unfinished shards; may be deleted while nothing runs
+    D/verify/            what verify.py found, a file per shard
+    D/bad_samples.tsv    single samples that cannot be used, listed by verify.py
     D/quarantine/        unreadable shards that verify.py took away
     D/manifest.json      written by verify.py, which closes the set
 

@@ -56,7 +56,10 @@ class Plan:
     def describe(self) -> str:
         """The plan in words, printed at the start and by --dry-run."""
         batch, train = self.cfg.train.global_batch, self.cfg.train
-        lines = [f"run {self.cfg.name}: method {self.cfg.loss.get('name', 'unicl')}"]
+        lines = [
+            f"run {self.cfg.name}: method {self.cfg.loss.get('name', 'unicl')}, "
+            f"recipe {self.cfg.recipe}"
+        ]
         for source in self.sources:
             classes = f", {len(source.classes)} classes" if source.classes else ""
             lines.append(

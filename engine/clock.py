@@ -25,6 +25,10 @@ class Clock:
         """Call at the end of each step."""
         self.marks.append((time.perf_counter(), self.waiting))
 
+    def pause(self) -> None:
+        """Leave out the time until the next step: something else than training took it."""
+        self.marks.clear()
+
     def read(self, done: int) -> dict[str, float]:
         """`samples_per_second`, `data_seconds` per step, `eta_seconds`; empty before two steps."""
         if len(self.marks) < 2:

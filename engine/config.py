@@ -81,6 +81,15 @@ class LogConfig:
 
 
 @dataclass
+class EvalsConfig:
+    """Evaluation of the checkpoint every so many steps: task -> data sets or collections of
+    `eval/datasets.yaml`. Each evaluated step is saved."""
+
+    every_steps: int | None = None  # null: never
+    tasks: dict[str, list[str]] = field(default_factory=dict)  # zero_shot | retrieval | knn
+
+
+@dataclass
 class RunConfig:
     """Everything that decides a run; saved as `config.yaml` in the run folder."""
 
@@ -95,6 +104,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    evals: EvalsConfig = field(default_factory=EvalsConfig)
     timeout_minutes: int = 30  # of a collective operation
 
 

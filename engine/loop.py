@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,9 +28,17 @@ class Trainer:
 
     Args:
         plan: the checked plan. device: of this rank.
+        evaluate: called on all ranks with the folder of a checkpoint every `evals.every_steps`
+            steps; returns result rows on rank 0.
     """
 
-    def __init__(self, plan: build.Plan, device: torch.device):
+    def __init__(
+        self,
+        plan: build.Plan,
+        device: torch.device,
+        evaluate: Callable[[Path], list[dict]] | None = None,
+    ):
+        self.evaluate = evaluate
         self.plan, self.cfg, self.device = plan, plan.cfg, device
         self.folder = Path(plan.cfg.output_dir)
         self.identity = plan.identity()
@@ -72,9 +80,12 @@ class Trainer:
                 self._report(rate)
             self.log.advance()
             stop = dist.max_over_ranks(self.stop.received, self.device)
-            if stop or self.done % self.cfg.log.save_every_steps == 0:
-                self._save()
+            due = self.evaluate and self.done % self.cfg.evals.every_steps == 0
+            if stop or due or self.done % self.cfg.log.save_every_steps == 0:
+                target = self._save()
                 saved = self.done
+                if due and not stop:  # a job that is about to be killed has no time for it
+                    self._evaluate(target)
             if stop:
                 name = signal.Signals(stop).name
                 self.log.say(f"stopped by {name} after a checkpoint")
@@ -154,11 +165,21 @@ class Trainer:
                 "instead of fp16, and run the same command again"
             )
 
-    def _save(self) -> None:
+    def _evaluate(self, checkpoint: Path) -> None:
+        for row in self.evaluate(checkpoint):
+            self.log.say(
+                f"evaluated step {row['step']}: {row['dataset']} {row['task']} {row['metric']} "
+                f"{row['value']:.2f}"
+            )
+        dist.barrier()
+        self.clock.pause()
+
+    def _save(self) -> Path:
         target = checkpoint.save(
             self.engine, self.folder, self.done, self.identity, self.cfg.log.keep_last
         )
         self.log.say(f"saved {target}")
+        return target
 
 
 def build_engine(plan: build.Plan, device: torch.device):

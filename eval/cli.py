@@ -1,6 +1,7 @@
-"""What the three evaluation commands share: arguments, the loop over runs and sets, writing."""
+"""What the evaluation commands share: arguments, the loop over runs and sets, writing."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from engine.dist import map_environment
 from eval import rows, sources
 from eval.features import Extractor
+from loaders.errors import DataError
 from models import weights
 
 
@@ -31,6 +34,9 @@ Task = Callable[[Extractor, sources.EvalDataset], Outcome | None]
 
 def make_accelerator() -> Accelerator:
     """Accelerator whose processes wait as long as the main process fits and scores."""
+    if "SLURM_STEP_ID" in os.environ:
+        # accelerate knows torchrun's variables, but not those of a process that srun started.
+        map_environment(os.environ)
     # Without `cpu` accelerate takes every CPU process of a launcher for a run of its own.
     return Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -42,12 +48,27 @@ def parse(task: str, description: str, argv: Sequence[str] | None) -> argparse.N
     """Arguments of `python -m eval.<task>`."""
     parser = argparse.ArgumentParser(prog=f"python -m eval.{task}", description=description)
     parser.add_argument(
-        "--checkpoint", nargs="+", required=True, metavar="RUN", help="run or checkpoint folders"
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="run or checkpoint folders, exports, files of UniCL, open_clip or OpenAI CLIP",
     )
     parser.add_argument(
         "--datasets", nargs="+", required=True, metavar="NAME", help="sets or collections"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="result rows")
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="where benchmark sets lie (default: $UNICL_EVAL_DATA, else data/eval)",
+    )
+    if task == "zero_shot":
+        parser.add_argument(
+            "--protocol",
+            choices=["unicl", "elevater"],
+            help="for sets with both (ImageNet; default: the first in eval/datasets.yaml)",
+        )
     parser.add_argument("--batch-size", type=int, default=256, help="images per process")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes per process")
     return parser.parse_args(argv)
@@ -65,15 +86,18 @@ def run(
     A row appears as soon as it is known, so that an interrupted command loses one set at most.
     """
     args = parse(task, description, argv)
-    selected = sources.Registry(registry).select(args.datasets, task)
-    selected = [row for row in selected if sources.present(row)]
+    known = sources.Registry(registry, args.data_root)
+    selected = known.select(args.datasets, task, getattr(args, "protocol", None))
+    found = [row for row in selected if sources.present(row, task, row.name in args.datasets)]
+    if not found:
+        raise DataError(f"none of {', '.join(args.datasets)} is there for {task}: nothing to do")
     accelerator = make_accelerator()
     for folder in args.checkpoint:
-        loaded = weights.load_run(folder)
+        loaded = weights.load(folder)
         extractor = Extractor(
             accelerator, loaded, args.output / ".features", args.batch_size, args.workers
         )
-        for row in selected:
+        for row in found:
             outcome = evaluate(extractor, row)
             if outcome is None:
                 continue

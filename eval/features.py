@@ -119,7 +119,7 @@ class Extractor:
         description = {
             "checkpoint": self.run.checkpoint_hash,
             "kind": "image",
-            "transform": [split.resize, split.crop, "bicubic", self.mean, self.std],
+            "transform": [split.resize, split.crop, split.mode, self.mean, self.std],
             "dataset": split.content_hash,
         }
 

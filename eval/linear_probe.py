@@ -1,29 +1,53 @@
 """Linear probe on frozen features: `python -m eval.linear_probe --checkpoint RUN --datasets
-quickstart --output DIR`."""
+quickstart --output DIR`.
 
+Protocols (`--protocol`), each with rows of its own task name:
+
+- `standardised` (linear_probe): logistic regression on standardised features; the default, and what
+  the quickstart runs.
+- `clip` (linear_probe_clip): CLIP's (Radford et al. 2021, appendix A.3): the same on the features
+  as they come, with the validation split where the set has one.
+- `elevater` (linear_probe_elevater): `eval.elevater_probe`.
+
+With `--shots 5 20 50 --seeds 0 1 2` the training set is cut to so many samples a class and the task
+name ends in `_5shot`.
+"""
+
+import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval import cli, metrics, sources
-from eval.features import Extractor
-from loaders.errors import DataError, run_cli
+from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, rows, sources, variants
+from eval.features import Extractor, Features
+from loaders.errors import ConfigError, DataError, run_cli
 
 # Inverse regularisation strengths: 97 points, 8 per decade, as wide as the CLIP paper's search.
 C_GRID = np.logspace(-6, 6, 97)
 VALIDATION_SHARE = 0.2
 MAX_ITERATIONS = 1000
+TASKS = {
+    "standardised": "linear_probe",
+    "clip": "linear_probe_clip",
+    "elevater": "linear_probe_elevater",
+}
+# ELEVATER searches on at most so many samples of a class (commands/linear_probe.py).
+SEARCH_LIMITS = {"patch-camelyon": 10_000}
+INITIAL_DEVIATION = 0.02
 
 
-def probe(c: float) -> Pipeline:
-    """Standardisation by the training part's mean and deviation, then multinomial logistic
-    regression with inverse strength `c` of the L2 penalty (L-BFGS)."""
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=MAX_ITERATIONS))
+def probe(c: float, standardise: bool = True) -> Pipeline:
+    """Multinomial logistic regression with inverse strength `c` of the L2 penalty (L-BFGS), after
+    standardisation by the training part's mean and deviation if asked for."""
+    steps = [StandardScaler()] if standardise else []
+    return make_pipeline(*steps, LogisticRegression(C=c, max_iter=MAX_ITERATIONS))
 
 
 def validation_mask(labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -42,13 +66,19 @@ def validation_mask(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     return held_out
 
 
-def search_c(features: np.ndarray, labels: np.ndarray) -> float:
+def search_c(
+    features: np.ndarray,
+    labels: np.ndarray,
+    standardise: bool = True,
+    held_out: np.ndarray | None = None,
+) -> float:
     """The C of `C_GRID` with the best top-1 on the validation part; features (n, W), labels (n,).
 
     Coarse to fine like the CLIP paper's (Radford et al. 2021, appendix A.3): every 16th point,
     then the two neighbours of the best at distance 8, 4, 2 and 1. Ties go to the smaller C.
+    `held_out` (n,) bool marks the validation part, `validation_mask` if absent.
     """
-    held_out = validation_mask(labels)
+    held_out = validation_mask(labels) if held_out is None else held_out
     score: dict[int, float] = {}
 
     def best_of(points) -> int:
@@ -56,7 +86,8 @@ def search_c(features: np.ndarray, labels: np.ndarray) -> float:
             if 0 <= point < len(C_GRID) and point not in score:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ConvergenceWarning)  # the refit reports it
-                    model = probe(C_GRID[point]).fit(features[~held_out], labels[~held_out])
+                    model = probe(C_GRID[point], standardise)
+                    model.fit(features[~held_out], labels[~held_out])
                 score[point] = model.score(features[held_out], labels[held_out])
         return max(sorted(score), key=score.__getitem__)
 
@@ -66,30 +97,65 @@ def search_c(features: np.ndarray, labels: np.ndarray) -> float:
     return float(C_GRID[best])
 
 
-def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
-    """Top-1 and mean per-class recall of a logistic regression on `pooled` image features.
-
-    A test sample whose class has no training sample counts as an error.
-    """
-    train = sources.EvalSplit(row, "train", extractor.size)
-    test = sources.EvalSplit(row, "test", extractor.size)
-    train_features, test_features = extractor.images(train), extractor.images(test)
-    if train_features is None:
+def read(
+    extractor: Extractor, row: sources.EvalDataset, names: Sequence[str]
+) -> tuple[dict[str, sources.EvalSplit], dict[str, Features]] | None:
+    """Splits by name and their finite image features; None off the main process."""
+    splits = {name: sources.EvalSplit(row, name, extractor.size) for name in names}
+    features = {name: extractor.images(split) for name, split in splits.items()}
+    if features["test"] is None:
         return None
-    for features in (train_features, test_features):
-        if not features["pooled"].isfinite().all():
+    for found in features.values():
+        if not all(value.isfinite().all() for value in found.values()):
             raise DataError(f"{row.name}: image features are not finite, the run has diverged")
-    x = train_features["pooled"].double().numpy()
-    c = search_c(x, train.labels)
-    model = probe(c).fit(x, train.labels)
-    correct = model.predict(test_features["pooled"].double().numpy()) == test.labels
-    _, names = test.class_names()
+    return splits, features
+
+
+def regress(
+    x: np.ndarray,
+    y: np.ndarray,
+    x_test: np.ndarray,
+    y_test: np.ndarray,
+    wanted: Sequence[str],
+    standardise: bool,
+    held_out: np.ndarray | None = None,
+) -> tuple[dict[str, dict], float]:
+    """Metrics `wanted` of a logistic regression with the C that its search prefers, refitted on all
+    of x, and that C. A test sample whose class has no training sample counts as an error."""
+    c = search_c(x, y, standardise, held_out)
+    model = probe(c, standardise).fit(x, y)
+    correct = model.predict(x_test) == y_test
+    found = {
+        "top1": metrics.hit_rate(correct),
+        "mean_per_class": metrics.group_mean(correct, y_test),
+    }
+    if "roc_auc" in wanted:
+        positive = y_test == model.classes_[1]
+        found["roc_auc"] = metrics_scores.area_under_roc(model.decision_function(x_test), positive)
+    return {name: found[name] for name in wanted}, c
+
+
+def one_label(split: sources.EvalSplit) -> np.ndarray:
+    """Labels (n,); DataError for several labels per image, which a regression cannot take."""
+    if split.targets is not None:
+        raise DataError(f"{split.row.name}: several labels per image; use --protocol elevater")
+    return split.labels
+
+
+def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
+    """Top-1 and mean per-class recall of a logistic regression on standardised `pooled` image
+    features."""
+    found = read(extractor, row, ("train", "test"))
+    if found is None:
+        return None
+    splits, features = found
+    x, x_test = (features[name]["pooled"].double().numpy() for name in ("train", "test"))
+    train, test = splits["train"], splits["test"]
+    y, y_test = one_label(train), one_label(test)
+    results, c = regress(x, y, x_test, y_test, row.tasks["linear_probe"], standardise=True)
     return cli.Outcome(
-        {
-            "top1": metrics.hit_rate(correct),
-            "mean_per_class": metrics.group_mean(correct, test.labels),
-        },
-        classes=len(names),
+        results,
+        classes=len(test.class_names()[1]),
         protocol=(
             "logistic regression (L-BFGS) on the image features before projection, standardised "
             f"by the training part; C = {c:.3g} from a seeded 20 % of the training part, then "
@@ -99,9 +165,171 @@ def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | No
     )
 
 
+def subsets(
+    targets: np.ndarray, classes: int, options: argparse.Namespace
+) -> Iterator[tuple[int | None, list[np.ndarray]]]:
+    """(shots, training indices per seed); (None, [all of them]) for a full-shot run."""
+    if not options.shots:
+        yield None, [np.arange(len(targets))]
+    for shots in options.shots or []:
+        yield shots, [few_shot.subset(targets, classes, shots, seed) for seed in options.seeds]
+
+
+def label(
+    task: str, protocol: str, shots: int | None, results: list[dict], options: argparse.Namespace
+) -> tuple[str, str, dict[str, dict]]:
+    """Task name, protocol and metrics of a full-shot or few-shot result."""
+    if shots is None:
+        return task, protocol, results[0]
+    seeds = " ".join(map(str, options.seeds))
+    protocol += (
+        f"; {shots} training samples a class, drawn by the rule of vision-datasets 0.2.17 from the "
+        f"order in which the set is stored, seeds {seeds}; interval of the mean: Student's t over "
+        "the seeds"
+    )
+    return f"{task}_{shots}shot", protocol, few_shot.over_seeds(results, options.seeds)
+
+
+def evaluate_regression(
+    extractor: Extractor, row: sources.EvalDataset, options: argparse.Namespace
+) -> Iterator[tuple[str, cli.Outcome]]:
+    """CLIP's protocol, or the standardised one with few shots."""
+    has_validation = "val" in row.splits and options.protocol == "clip" and not options.shots
+    fitted = ("train", "val") if has_validation else ("train",)
+    found = read(extractor, row, (*fitted, "test"))
+    if found is None:
+        return
+    splits, features = found
+    x = np.concatenate([features[name]["pooled"].double().numpy() for name in fitted])
+    y = np.concatenate([one_label(splits[name]) for name in fitted])
+    held_out = np.arange(len(y)) >= len(splits["train"]) if has_validation else None
+    x_test, y_test = features["test"]["pooled"].double().numpy(), one_label(splits["test"])
+    standardise = options.protocol == "standardised"
+    classes, targets = np.unique(y, return_inverse=True)
+    names, wanted = splits["test"].class_names()[1], row.tasks["linear_probe"]
+    for shots, chosen in subsets(targets, len(classes), options):
+        pairs = [regress(x[i], y[i], x_test, y_test, wanted, standardise, held_out) for i in chosen]
+        chosen_c = ", ".join(f"{c:.3g}" for _, c in pairs)
+        where = "the validation split" if has_validation else "a seeded 20 % of the training part"
+        protocol = (
+            f"{options.protocol} protocol: logistic regression (L-BFGS, at most {MAX_ITERATIONS} "
+            "iterations) on the image features before projection, "
+            f"{'standardised by the training part' if standardise else 'not standardised'}; "
+            f"C = {chosen_c} (97 points, 1e-6 to 1e6, coarse to fine) from {where}, then refitted "
+            f"on both: {len(chosen[0])} train, {len(y_test)} test"
+        )
+        results = [result for result, _ in pairs]
+        task, protocol, results = label(TASKS[options.protocol], protocol, shots, results, options)
+        yield task, cli.Outcome(results, len(names), protocol, None)
+
+
+def class_indices(split: sources.EvalSplit, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Samples (m,) whose class is among `ids` (K,), and the positions of their labels (m,) in it,
+    or the 0/1 matrix (m, K) of several labels.
+
+    In a training split samples of other classes can be left out so: they are no candidates.
+    """
+    if split.targets is not None:
+        return np.arange(len(split)), split.targets[:, ids].astype(np.float32)
+    kept = np.flatnonzero(np.isin(split.labels, ids))
+    return kept, np.searchsorted(ids, split.labels[kept])
+
+
+def initial_head(
+    extractor: Extractor, test: sources.EvalSplit, start: str
+) -> tuple[torch.Tensor | None, str | None]:
+    """Weights (K, D) to start from, `text` or `random`, and the digest of the prompts.
+
+    Every process must call it; the text features are the main process's.
+    """
+    names = test.class_names()[1]
+    if start == "text":
+        class_texts, templates = test.row.class_texts(names), test.templates()
+        digest = rows.prompt_digest(class_texts, templates)
+        return extractor.class_weights(class_texts, templates), digest
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(names), extractor.model.embed_dim)
+    return torch.randn(shape, generator=generator) * INITIAL_DEVIATION, None
+
+
+def evaluate_elevater(
+    extractor: Extractor, row: sources.EvalDataset, options: argparse.Namespace
+) -> Iterator[tuple[str, cli.Outcome]]:
+    """ELEVATER's protocol; the first metric of the registry's row guides the search."""
+    split = sources.EvalSplit(row, "test", extractor.size)
+    ids, names = split.class_names()
+    head, digest = initial_head(extractor, split, options.head_init)
+    found = read(extractor, row, ("train", "test"))
+    if found is None:
+        return
+    splits, features = found
+    device = extractor.accelerator.device
+    x, x_test = (features[name]["feature"].to(device) for name in ("train", "test"))
+    kept, y = class_indices(splits["train"], ids)
+    x, truth = x[kept], class_indices(splits["test"], ids)[1]
+    wanted = row.tasks["linear_probe"]
+    head = head.to(device)
+    for shots, chosen in subsets(y, len(ids), options):
+        results, pairs = [], []
+        for indices in chosen:
+            part, labels = x[indices], y[indices]
+            limit = SEARCH_LIMITS.get(row.name)
+            searched = slice(None)
+            if limit and np.bincount(labels).max() > limit:  # two classes, one label an image
+                # As the toolkit: a few-shot subset, with the seed of its configuration, 0.
+                searched = few_shot.subset(labels, len(ids), limit, seed=0)
+            pairs.append(search_on(part[searched], labels[searched], head, wanted[0]))
+            targets = torch.from_numpy(labels).to(device)
+            results.append(
+                elevater_probe.final(part, targets, head, pairs[-1], x_test, truth, wanted)
+            )
+        protocol = (
+            "ELEVATER protocol: batch norm without affine part and a linear layer on the "
+            f"normalised projected features, head from {options.head_init}, SGD; learning rate and "
+            f"weight decay {', '.join(f'{r:.3g} {d:.3g}' for r, d in pairs)} by {wanted[0]} on the "
+            f"first 20 % of each class, {elevater_probe.TRIAL_EPOCHS} epochs a trial; then "
+            f"{elevater_probe.FINAL_EPOCHS} epochs on all: {len(chosen[0])} train, {len(truth)} "
+            "test; best_epoch is chosen on the test set, as published"
+        )
+        task, protocol, metric_values = label(TASKS["elevater"], protocol, shots, results, options)
+        yield task, cli.Outcome(metric_values, len(names), protocol, digest)
+
+
+def search_on(
+    features: torch.Tensor, labels: np.ndarray, head: torch.Tensor, metric: str
+) -> tuple[float, float]:
+    """`elevater_probe.search` with ELEVATER's tuning split."""
+    targets = torch.from_numpy(labels).to(features.device)
+    mask = elevater_probe.tuning_mask(labels)
+    return elevater_probe.search(features, targets, mask, head, metric)
+
+
+def options_parser() -> argparse.ArgumentParser:
+    """Arguments beside those of every evaluation."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--protocol", choices=TASKS, default="standardised")
+    parser.add_argument("--shots", type=int, nargs="+", help="training samples a class")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the subsets (default: 0 1 2)")
+    parser.add_argument("--head-init", choices=("text", "random"), help="elevater (default: text)")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
-    cli.run("linear_probe", "Linear probe on frozen features.", evaluate, argv, registry)
+    options, rest, about = variants.parse(
+        "linear_probe", "Linear probe on frozen features.", options_parser(), argv
+    )
+    if options.seeds and not options.shots:
+        raise ConfigError("--seeds draws few-shot subsets: it needs --shots")
+    if options.head_init and options.protocol != "elevater":
+        raise ConfigError("--head-init belongs to --protocol elevater")
+    options.seeds, options.head_init = options.seeds or [0, 1, 2], options.head_init or "text"
+    if options.protocol == "standardised" and not options.shots:
+        cli.run("linear_probe", about, evaluate, rest, registry)
+        return
+    task = evaluate_elevater if options.protocol == "elevater" else evaluate_regression
+    evaluate_options = partial(task, options=options)
+    variants.run("linear_probe", "linear_probe", about, evaluate_options, rest, registry)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from loaders.errors import DataError
 # The 97.5 % quantile of the standard normal distribution: two-sided 95 %.
 NORMAL_QUANTILE = 1.959963984540054
 BOOTSTRAP_RESAMPLES = 1000
+SCORES = 1 << 24  # held at once by `positive_ranks`: 128 MiB in float64
 
 
 def positive_ranks(
@@ -19,27 +20,31 @@ def positive_ranks(
     candidates: torch.Tensor,
     pair_query: np.ndarray,
     pair_candidate: np.ndarray,
-    chunk: int = 1024,
+    chunk: int | None = None,
+    name: str = "",
 ) -> np.ndarray:
     """Rank of the best positive of every query: 0 = no negative scores as high as it does.
 
     queries (n, D) and candidates (m, D), float; their product is taken in float64, `chunk` queries
-    at a time, so n x m is never held. `pair_query` and `pair_candidate` (p,) int list the positives
-    as pairs; a query may have several, and the best one counts. Returns (n,) int64: the number of
-    negatives whose score is at least the best positive's.
+    at a time (default: as many as make SCORES numbers), so n x m is never held. `pair_query` and
+    `pair_candidate` (p,) int list the positives as pairs; a query may have several, and the best
+    one counts. Returns (n,) int64: the number of negatives whose score is at least the best
+    positive's.
 
-    Raises DataError for non-finite features and ValueError for a query without a positive.
+    Raises DataError for non-finite features, naming the data set `name`, and ValueError for a
+    query without a positive.
     """
-    for name, features in (("query", queries), ("candidate", candidates)):
+    for side, features in (("query", queries), ("candidate", candidates)):
         if not torch.isfinite(features).all():
             raise DataError(
-                f"the {name} features hold NaN or infinite values: this checkpoint has diverged, "
-                "evaluate an earlier one (RUN/checkpoints/step_*)"
+                f"{name + ': ' if name else ''}the {side} features hold NaN or infinite values: "
+                "this checkpoint has diverged, evaluate an earlier one (RUN/checkpoints/step_*)"
             )
-    n = len(queries)
-    order = np.argsort(pair_query, kind="stable")
-    pair_query = np.asarray(pair_query)[order]
-    pair_candidate = np.asarray(pair_candidate)[order]
+    n, m = len(queries), len(candidates)
+    chunk = chunk or max(1, SCORES // m)
+    # Each pair once, by query: a positive listed twice must not be taken off twice below.
+    pairs = np.unique(np.asarray(pair_query, dtype=np.int64) * m + np.asarray(pair_candidate))
+    pair_query, pair_candidate = pairs // m, pairs % m
     without = np.flatnonzero(np.bincount(pair_query, minlength=n) == 0)
     if len(without):
         raise ValueError(f"{len(without)} queries have no positive, the first is {without[0]}")
@@ -51,11 +56,13 @@ def positive_ranks(
         scores = queries[start:stop].double() @ transposed
         first, last = np.searchsorted(pair_query, [start, stop])
         rows = torch.from_numpy(pair_query[first:last] - start)
-        columns = torch.from_numpy(pair_candidate[first:last])
-        positive = torch.zeros(scores.shape, dtype=torch.bool)
-        positive[rows, columns] = True
-        best = scores.masked_fill(~positive, -torch.inf).amax(dim=1, keepdim=True)
-        ranks[start:stop] = ((scores >= best) & ~positive).sum(dim=1).numpy()
+        own = scores[rows, torch.from_numpy(pair_candidate[first:last])]
+        best = torch.full((stop - start,), -torch.inf, dtype=scores.dtype)
+        best.scatter_reduce_(0, rows, own, "amax")
+        as_high = (scores >= best[:, None]).sum(dim=1)
+        # The positives that score as high as the best one, itself included, are no rivals.
+        as_high -= torch.bincount(rows[own >= best[rows]], minlength=stop - start)
+        ranks[start:stop] = as_high.numpy()
     return ranks
 
 
@@ -115,19 +122,21 @@ def group_mean(values: np.ndarray, groups: np.ndarray) -> dict:
 
 
 def classification_metrics(ranks: np.ndarray, labels: np.ndarray) -> dict[str, dict]:
-    """top1, top5 and mean_per_class from the rank of the true class (n,) and the labels (n,)."""
+    """top1, top5, their mean and mean_per_class from the rank of the true class (n,) and the labels
+    (n,)."""
     return {
         "top1": hit_rate(ranks < 1),
         "top5": hit_rate(ranks < 5),
+        "mean_top1_top5": group_mean(((ranks < 1) + 1.0 * (ranks < 5)) / 2, np.zeros_like(labels)),
         "mean_per_class": group_mean(ranks < 1, labels),
     }
 
 
 def retrieval_metrics(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[str, dict]:
-    """R@1, R@5 and R@10 in both directions, and `mean_recall`, the mean of the six.
+    """R@1, R@5, R@10 in both directions, `rsum`, the sum of the six, and `mean_recall`, rsum / 6.
 
     `image_ranks` (number of images,) are those of image queries against texts, `text_ranks`
-    (number of texts,) the reverse. `mean_recall` is RSUM / 6.
+    (number of texts,) the reverse.
     """
     result = {}
     for name, ranks in (("image_to_text", image_ranks), ("text_to_image", text_ranks)):
@@ -136,5 +145,10 @@ def retrieval_metrics(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[s
     both = np.concatenate([image_ranks, text_ranks])
     share = np.mean([both < k for k in (1, 5, 10)], axis=0)
     direction = np.repeat([0, 1], [len(image_ranks), len(text_ranks)])
-    result["mean_recall"] = group_mean(share, direction)
+    mean = result["mean_recall"] = group_mean(share, direction)
+    result["rsum"] = {
+        "value": 6 * mean["value"],
+        "ci95": [6 * bound for bound in mean["ci95"]],
+        "n": mean["n"],
+    }
     return result

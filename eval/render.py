@@ -7,21 +7,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval import render_names
+
 if TYPE_CHECKING:
     from eval.tables import Column, Line, Table
 
 EMPTY = "—"
-TASKS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "retrieval": "retrieval"}
-METRICS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class": "mean per class",
-    "mean_recall": "mean R@1,5,10",
-}
-METRICS |= {f"image_to_text_r{k}": f"image→text R@{k}" for k in (1, 5, 10)}
-METRICS |= {f"text_to_image_r{k}": f"text→image R@{k}" for k in (1, 5, 10)}
+TASKS, METRICS = render_names.TASKS, render_names.METRICS
 FILL = f"{EMPTY} = not evaluated yet; fill with:"
-LEGEND = "Percent, with the 95 % interval: Wilson, or bootstrap for means over classes and R@K."
+LEGEND = (
+    "Percent, with the 95 % interval: Wilson, or bootstrap for means over classes and R@K; none "
+    "for detection."
+)
 
 
 def size(column: "Column") -> str:
@@ -33,16 +30,24 @@ def size(column: "Column") -> str:
 
 def header(column: "Column") -> list[str]:
     """The three lines of a column's head: data set, task and metric, size."""
-    return [column.dataset, f"{TASKS[column.task]} {METRICS[column.metric]}", size(column)]
+    measure = f"{render_names.task_name(column.task)} {render_names.metric_name(column.metric)}"
+    return [column.dataset, f"{measure}{protocol(column)}", size(column)]
+
+
+def protocol(column: "Column") -> str:
+    """', elevater protocol' where the data set has several."""
+    return f", {column.protocol} protocol" if column.protocol else ""
+
+
+def interval(row: dict) -> str:
+    """' [40.1, 46.3]', or nothing for a result without an interval."""
+    return " [{:.1f}, {:.1f}]".format(*row["ci95"]) if row["ci95"] else ""
 
 
 def cell(line: "Line", column: "Column") -> str:
     """'43.2 [40.1, 46.3]' or a dash."""
     row = line.cells.get(column)
-    if row is None:
-        return EMPTY
-    low, high = row["ci95"]
-    return f"{row['value']:.1f} [{low:.1f}, {high:.1f}]"
+    return EMPTY if row is None else f"{row['value']:.1f}{interval(row)}"
 
 
 def name(line: "Line") -> str:
@@ -72,7 +77,8 @@ def md(table: "Table") -> str:
     return "\n".join(text) + "\n"
 
 
-def _tex(text: str) -> str:
+def tex_escape(text: str) -> str:
+    """`text` with the characters that LaTeX would interpret, or lacks, replaced."""
     for plain, escaped in (("\\", r"\textbackslash "), ("_", r"\_"), ("%", r"\%"), ("&", r"\&")):
         text = text.replace(plain, escaped)
     return text.replace("→", r"$\rightarrow$").replace(EMPTY, "---").replace("#", r"\#")
@@ -84,10 +90,13 @@ def tex(table: "Table") -> str:
     lines = [f"% {table.title}. {LEGEND}", *(f"% {note}" for note in table.notes)]
     lines += [f"% {FILL} {command}" for command in table.commands]
     lines += [r"\begin{tabular}{l" + "r" * len(table.columns) + "}", r"\toprule"]
-    lines += [" & ".join(["", *map(_tex, head)]) + r" \\" for head in heads]
+    lines += [" & ".join(["", *map(tex_escape, head)]) + r" \\" for head in heads]
     lines.append(r"\midrule")
     for line in table.lines:
-        cells = [_tex(name(line)), *(_tex(cell(line, column)) for column in table.columns)]
+        cells = [
+            tex_escape(name(line)),
+            *(tex_escape(cell(line, column)) for column in table.columns),
+        ]
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -103,7 +112,7 @@ def csv(table: "Table") -> str:
         values: list = []
         for column in table.columns:
             row = line.cells.get(column)
-            values += [row["value"], *row["ci95"]] if row else ["", "", ""]
+            values += [row["value"], *(row["ci95"] or ["", ""])] if row else ["", "", ""]
         writer.writerow([line.label, line.config_name, *values])
     return out.getvalue()
 
@@ -121,12 +130,11 @@ def html_table(table: "Table") -> str:
         for column in table.columns:
             row = line.cells.get(column)
             if row is None:
-                cells.append(f'<td data-value="-1">{EMPTY}</td>')
+                cells.append(f'<td data-value="">{EMPTY}</td>')
                 continue
-            low, high = row["ci95"]
             cells.append(
-                f'<td data-value="{row["value"]}">{row["value"]:.1f} '
-                f"<small>[{low:.1f}, {high:.1f}]</small></td>"
+                f'<td data-value="{row["value"]}">{row["value"]:.1f}'
+                f"<small>{interval(row)}</small></td>"
             )
         body.append(f"<tr>{''.join(cells)}</tr>")
     notes = "".join(f"<li>{escape(note)}</li>" for note in [LEGEND, *table.notes])
@@ -141,19 +149,23 @@ def html_table(table: "Table") -> str:
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;padding:1rem;max-width:70rem;color:#222}
-img{width:100%;min-width:44rem;height:auto}.scroll{overflow-x:auto}
+h1{font-size:1.4rem}img{width:100%;min-width:44rem;height:auto}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem}th,td{padding:.4rem .6rem;border-bottom:1px solid
 #ddd;text-align:right;white-space:nowrap}thead th{cursor:pointer;vertical-align:bottom;
 background:#f4f4f4}tr>:first-child{text-align:left;position:sticky;left:0;background:#f4f4f4}
 small,li{color:#555}li{font-size:.85rem}pre{overflow-x:auto;background:#f4f4f4;padding:.6rem}
+.paper thead th{white-space:normal;min-width:4.5rem}.paper tr>:first-child{white-space:normal;
+min-width:8rem;max-width:11rem;border-right:1px solid #ccc}td.published{color:#555}
+td.ours{font-weight:600;border-left:1px solid #ccc}
 .up::after{content:" ▲"}.down::after{content:" ▼"}
 """
 SORT = """
 document.querySelectorAll("thead th").forEach((th, i) => th.onclick = () => {
   const body = th.closest("table").tBodies[0], up = th.className === "down";
-  const key = tr => i ? +tr.cells[i].dataset.value : tr.cells[i].textContent;
-  const rows = [...body.rows].sort((a, b) => key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0);
-  body.append(...(up ? rows : rows.reverse()));
+  const key = tr => i ? tr.cells[i].dataset.value : tr.cells[i].textContent;
+  const compare = (a, b) => i ? a - b : a.localeCompare(b);
+  body.append(...[...body.rows].sort((a, b) =>
+    (key(a) === "") - (key(b) === "") || (up ? 1 : -1) * compare(key(a), key(b))));
   document.querySelectorAll("thead th").forEach(other => other.className = "");
   th.className = up ? "up" : "down";
 });
@@ -185,12 +197,15 @@ def png(table: "Table", path: Path) -> None:
     figure, axes = new_figure(len(panels), 1, (12, len(panels) * (0.32 * row_count + 0.5) + 0.4))
     for axis, columns in zip(axes[:, 0], panels, strict=True):
         axis.axis("off")
-        title = f"{columns[0].dataset}, {TASKS[columns[0].task]}"
+        title = f"{columns[0].dataset}, {render_names.task_name(columns[0].task)}"
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         drawn = axis.table(
             [[cell(line, column) for column in columns] for line in table.lines],
             rowLabels=[name(line) for line in table.lines],
-            colLabels=[f"{METRICS[column.metric]}\n{size(column)}" for column in columns],
+            colLabels=[
+                f"{render_names.metric_name(column.metric)}{protocol(column)}\n{size(column)}"
+                for column in columns
+            ],
             bbox=(0.12, 0, 0.88, 1),
             cellLoc="center",
         )

@@ -11,25 +11,35 @@ from loaders.errors import run_cli
 
 
 def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
-    """R@1, R@5, R@10 in both directions over all images and distinct captions of the split.
+    """R@1, R@5, R@10 in both directions over all images and captions of the split.
 
-    A caption of several images is found when any of them is.
+    With `captions_per_image` every caption is a text of its own, as the COCO and Flickr30k tables
+    count: an image is found by any of its captions. Without, equal captions are one text, and a
+    caption of several images is found when any of them is.
     """
     split = sources.EvalSplit(row, "test", extractor.size)
-    captions, owner = split.distinct_texts()
+    if row.captions_per_image is None:
+        captions, text_of_image = split.distinct_texts()
+        pair_image, pair_text = np.arange(len(split)), text_of_image
+        kind = "distinct captions"
+    else:
+        captions, pair_image = split.captions()
+        pair_text = np.arange(len(captions))
+        limit = row.captions_per_image
+        kind = "captions (all)" if limit == "all" else f"captions (the first {limit} of each)"
     texts = extractor.texts(captions, f"{row.name} captions")
     images = extractor.images(split)
     if images is None:
         return None
-    each = np.arange(len(split))
+    image, text, name = images["feature"], texts["feature"], row.name
     return cli.Outcome(
         metrics.retrieval_metrics(
-            metrics.positive_ranks(images["feature"], texts["feature"], each, owner),
-            metrics.positive_ranks(texts["feature"], images["feature"], owner, each),
+            metrics.positive_ranks(image, text, pair_image, pair_text, name=name),
+            metrics.positive_ranks(text, image, pair_text, pair_image, name=name),
         ),
         classes=None,
         protocol=(
-            f"{len(split)} images against {len(captions)} distinct captions, any positive counts, "
+            f"{len(split)} images against {len(captions)} {kind}, any positive counts, "
             "ties count as errors"
         ),
         digest=None,

@@ -26,21 +26,23 @@ def git_hash() -> str:
         return "unknown"
 
 
-def run_folder(run: LoadedRun) -> Path:
-    """RUN of RUN/checkpoints/step_0001000."""
-    return run.path.resolve().parents[1]
+def run_folder(run: LoadedRun) -> Path | None:
+    """RUN of RUN/checkpoints/step_0001000; None for a model that is a file of its own."""
+    checkpoint = run.path.resolve()
+    return checkpoint.parents[1] if checkpoint.is_dir() else None
 
 
 def run_name(run: LoadedRun) -> str:
-    """Name of the run folder, which names the run in rows and pictures."""
-    return run_folder(run).name
+    """What names the model in rows and pictures: the run folder's, the folder's or file's name."""
+    return run.name
 
 
 def samples_seen(run: LoadedRun) -> int | None:
-    """Samples trained on up to the checkpoint's step, from the run's metrics.jsonl; null if the
-    log has no line for that step."""
-    log = run_folder(run) / "metrics.jsonl"
-    if not log.exists():
+    """Samples trained on up to the checkpoint's step, from the run's metrics.jsonl; null if there
+    is no run folder, or its log has no line for that step."""
+    folder = run_folder(run)
+    log = None if folder is None else folder / "metrics.jsonl"
+    if log is None or not log.exists():
         return None
     records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
     seen = [r["samples"] for r in records if r.get("step") == run.step and "samples" in r]
@@ -66,6 +68,7 @@ def make_rows(
         "run": run_name(run),
         # A configuration need not have a name; the folder's then says which one it was.
         "config_name": run.cfg.get("name", run_name(run)),
+        "recipe": run.cfg.get("recipe"),
         "prompt_digest": digest,
         "git_hash": git_hash(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,7 +76,7 @@ def make_rows(
     return [
         {
             "dataset": dataset.name,
-            "split": "test",
+            "split": dataset.split_name("test"),
             "n": metrics[name]["n"],
             "classes": classes,
             "metric": name,
@@ -99,12 +102,14 @@ def read_rows(path: Path) -> list[dict]:
 def write_rows(folder: Path, rows: list[dict]) -> Path:
     """Put `rows` into FOLDER/<run>_<task>.jsonl by atomic rename and return its path.
 
-    Rows there with the same run, checkpoint hash, data set and task are replaced.
+    Rows there with the same run, checkpoint hash, data set, task and prompts are replaced. Those
+    of other prompts stay beside them: the two protocols of ImageNet are two results.
     """
     path = folder / f"{rows[0]['run']}_{rows[0]['task']}.jsonl"
 
     def key(row: dict) -> tuple:
-        return row["run"], row["checkpoint_hash"], row["dataset"], row["task"]
+        names = ("run", "checkpoint_hash", "dataset", "task", "prompt_digest")
+        return tuple(row[name] for name in names)
 
     replaced = {key(row) for row in rows}
     kept = [r for r in read_rows(path) if key(r) not in replaced] if path.exists() else []

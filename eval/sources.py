@@ -1,152 +1,194 @@
 """From a row of `datasets.yaml` to images, labels and texts."""
 
-import difflib
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+import pkgutil
 
 import numpy as np
 import torch
-import yaml
+from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
+from eval import source_base
+from eval.source_base import Source
+from eval.source_folder import FolderSource, recognise
+from eval.source_libraries import HuggingFaceSource, TorchvisionSource
+from eval.source_registry import REGISTRY, REPOSITORY, EvalDataset, Registry
+from eval.source_shards import ShardSource, WebdatasetSource
 from loaders import manifest, texts, views
-from loaders.errors import ConfigError, DataError
+from loaders.errors import DataError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-REGISTRY = Path(__file__).with_name("datasets.yaml")
+__all__ = [
+    "REGISTRY",
+    "REPOSITORY",
+    "EvalDataset",
+    "EvalSplit",
+    "Registry",
+    "absent_splits",
+    "present",
+]
 
-
-@dataclass(frozen=True)
-class EvalDataset:
-    """One row of the registry; the keys are explained at the head of `datasets.yaml`."""
-
-    name: str
-    source: str
-    splits: dict[str, dict]
-    tasks: dict[str, list[str]]
-    classes: int | None
-    templates: str | None
-    labelled_only: bool
-    resize_ratio: float
-    optional: bool
-    obtain: str
-
-    def folder(self, split: str) -> Path:
-        """Folder of the shards of `split`; relative paths start at the repository root."""
-        return REPOSITORY / self.splits[split]["path"]
+# Only these read no other split than the test split.
+TEST_ONLY = ("zero_shot", "retrieval")
 
 
-class Registry:
-    """The rows and collections of a registry file."""
+def open_source(row: EvalDataset, split: str) -> Source:
+    """The source of a split. Raises DataError for what is not there or not readable."""
+    folder, kind = row.folder(split), row.source
+    if kind.startswith("torchvision:"):
+        arguments = row.splits[split].get("arguments", {})
+        return TorchvisionSource(kind.partition(":")[2], folder, arguments)
+    if kind == "auto":
+        kind = recognise(folder)
+    if kind == "shards":
+        return ShardSource(folder, row.multilabel)
+    if kind == "webdataset":
+        return WebdatasetSource(folder, row.multilabel)
+    if row.multilabel and kind is not None:
+        raise DataError(f"{folder}: several labels per image are read from shards only")
+    if kind == "huggingface":
+        return HuggingFaceSource(folder)
+    if kind == "folder":
+        return FolderSource(folder)
+    raise DataError(
+        f"{row.name}: {folder} holds no manifest.json, tars, parquet files or class folders; "
+        f"obtain it with: {row.command(split)}"
+    )
 
-    def __init__(self, path: Path | str = REGISTRY):
-        """Read the YAML at `path`; a row with a missing or unknown key raises DataError."""
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        self.collections: dict[str, list[str]] = content["collections"]
-        self.datasets: dict[str, EvalDataset] = {}
-        for name, row in content["datasets"].items():
-            try:
-                self.datasets[name] = EvalDataset(name=name, **row)
-            except TypeError as error:
-                raise DataError(f"{path}: row {name}: {error}") from None
-            if row["source"] != "shards":
-                raise DataError(f"{path}: row {name}: unknown source {row['source']!r}")
 
-    def select(self, names: list[str], task: str) -> list[EvalDataset]:
-        """Rows of the named sets and collections that have `task`, in the registry's order.
-
-        Raises ConfigError for an unknown name, and for a set named directly that lacks the task.
-        """
-        wanted: set[str] = set()
-        for name in names:
-            if name in self.collections:
-                wanted.update(d for d in self.collections[name] if task in self.datasets[d].tasks)
-            elif name not in self.datasets:
-                known = [*self.collections, *self.datasets]
-                near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-                raise ConfigError(f"unknown data set {name!r}; did you mean {near[0]}?")
-            elif task not in self.datasets[name].tasks:
-                has = ", ".join(self.datasets[name].tasks)
-                raise ConfigError(f"data set {name} has no task {task}; it has {has}")
-            else:
-                wanted.add(name)
-        return [row for name, row in self.datasets.items() if name in wanted]
+def subset_ids(name: str) -> list[int]:
+    """ImageNet-1K class ids of `imagenet_r` or `imagenet_a`, from timm's lists."""
+    data = pkgutil.get_data("timm.data", f"_info/{name}_indices.txt")
+    return [int(line) for line in data.decode().split()]
 
 
 class EvalSplit(Dataset):
-    """Images of one split, each uint8 (3, crop, crop), with their labels and texts."""
+    """Images of one split, each uint8 (3, crop, crop), with their labels and texts.
+
+    Attributes:
+        labels: (n,) class ids, those of the prompt file where the row has one; -1 = none.
+        targets: (n, K) bool, K classes of the prompt file, for several labels per image; or None.
+    """
 
     def __init__(self, row: EvalDataset, split: str, crop: int):
-        """Open the shards of `row` and `split`; `crop` is the model's image size in pixels.
+        """Open the source of `row` and `split`; `crop` is the model's image size in pixels.
 
-        Raises DataError when the number of samples is not the registry's.
+        Raises DataError when the number of samples is not the registry's, or the classes are not
+        those of the prompt file.
         """
         self.row, self.split, self.crop = row, split, crop
-        self.shards = manifest.open_shards(str(row.folder(split)))
-        labels = np.asarray(self.shards.labels)
+        self.source = open_source(row, split)
+        self._table = None
+        labels, self.targets = self.source.labels, self.source.targets
+        if row.prompts:
+            subset = subset_ids(row.subset) if row.subset else None
+            self._table = source_base.read_table(row.prompts, subset)
+            labels = self._to_prompt_ids(labels)
         self.indices = np.flatnonzero(labels >= 0) if row.labelled_only else np.arange(len(labels))
         self.labels = labels[self.indices]
-        self.resize = round(crop * row.resize_ratio)
-        self._transform = views.build_eval(self.resize, crop)
+        self.resize = crop if row.squash else round(crop * row.resize_ratio)
+        # What decides the pixels beside crop and statistics, for the feature cache.
+        self.mode = "bicubic squashed" if row.squash else "bicubic"
+        self._transform = _Squash(crop) if row.squash else views.build_eval(self.resize, crop)
         expected = row.splits[split]["samples"]
         if expected is not None and len(self) != expected:
             kind = "labelled samples" if row.labelled_only else "samples"
             raise DataError(
                 f"{row.name}, split {split}: {row.folder(split)} holds {len(self)} {kind}, "
                 f"the registry (eval/datasets.yaml) expects {expected}; make the set again: "
-                f"{row.obtain}"
+                f"{row.command(split)}"
             )
+
+    def _to_prompt_ids(self, labels: np.ndarray) -> np.ndarray:
+        ids = source_base.class_ids(self.source, self._table, self.row.integer_labels)
+        too_large = labels[labels >= len(ids)]
+        if len(too_large):
+            raise DataError(
+                f"{self.row.name}: label {too_large[0]} in {self.source.what}, which has "
+                f"{len(ids)} classes"
+            )
+        if self.targets is not None:
+            ordered = np.zeros_like(self.targets)
+            ordered[:, ids] = self.targets
+            self.targets = ordered
+        mapped = np.where(labels >= 0, ids[np.maximum(labels, 0)], -1)
+        outside = np.setdiff1d(mapped[mapped >= 0], self._table.candidates)
+        if len(outside):
+            raise DataError(
+                f"{self.row.name}: {self.source.what} has images of the class "
+                f"{self._table.names[outside[0]]!r}, which is none of its "
+                f"{len(self._table.candidates)} classes"
+            )
+        return mapped
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the shards, by content, and the choice of samples."""
-        # The fingerprint alone knows names and sizes of the tars only.
-        tars = [self.shards.fingerprint, *(str(shard.sha256) for shard in self.shards.shards)]
-        return hashlib.sha256(json.dumps([tars, self.indices.tolist()]).encode()).hexdigest()
+        """SHA-256 over the source, by content, and the choice of samples."""
+        facts = [self.source.content_hash, self.indices.tolist()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return self._transform(self.image(i))
+        try:
+            return self._transform(self.image(i))
+        except views.BadImage as error:
+            raise DataError(f"{self._where(i)}: unusable image ({error})") from error
 
-    def image(self, i: int):
+    def image(self, i: int) -> Image.Image:
         """Sample `i` as a PIL image (RGB). An unreadable one raises DataError: n must hold."""
-        index = int(self.indices[i])
         try:
-            return views.decode(self.shards.read_image(index))
+            return self.source.image(int(self.indices[i]))
         except (manifest.MissingMember, views.BadImage) as error:
-            raise DataError(f"{self._where(index)}: unreadable image ({error})") from error
+            raise DataError(f"{self._where(i)}: unreadable image ({error})") from error
 
-    def text(self, i: int) -> str:
-        """Caption of sample `i`; a missing, empty or undecodable one raises DataError."""
-        index = int(self.indices[i])
+    def texts(self, i: int) -> list[str]:
+        """Captions of sample `i`; a missing, empty or undecodable one raises DataError."""
         try:
-            return texts.read_caption(self.shards, index, "txt")
+            return self.source.texts(int(self.indices[i]))
         except texts.BadText as error:
-            raise DataError(f"{self._where(index)}: {error.reason}, retrieval needs one") from error
+            raise DataError(f"{self._where(i)}: {error.reason}, retrieval needs one") from error
 
-    def _where(self, index: int) -> str:
-        return f"{self.row.name}: {self.shards.shard_of(index)}, key {self.shards.key(index)}"
+    def _where(self, i: int) -> str:
+        return f"{self.row.name}: {self.source.where(int(self.indices[i]))}"
 
     def class_names(self) -> tuple[np.ndarray, list[str]]:
-        """Ids of the classes that occur (K,), ascending, and the first name of each.
+        """Ids (K,), ascending, and names of the candidate classes: those of the prompt file, or
+        without one those that occur.
 
-        Raises DataError when K is not the registry's or a label has no entry in the manifest.
+        Raises DataError when K is not the registry's or a label has no name.
         """
-        ids = np.unique(self.labels)
+        table = self._table
+        ids = np.unique(self.labels) if table is None else table.candidates
         if self.row.classes is not None and len(ids) != self.row.classes:
             raise DataError(
                 f"{self.row.name}, split {self.split}: {len(ids)} classes occur, the registry "
                 f"(eval/datasets.yaml) expects {self.row.classes}"
             )
-        table = {entry.id: entry.names[0] for entry in self.shards.classes}
-        missing = [int(i) for i in ids if int(i) not in table]
+        names = (self.source.names or []) if table is None else table.names
+        missing = [int(i) for i in ids if not 0 <= i < len(names)]
         if missing:
-            raise DataError(f"{self.row.name}: no class names for the ids {missing} in manifest")
-        return ids, [table[int(i)] for i in ids]
+            raise DataError(f"{self.row.name}: no class names for the ids {missing} in the source")
+        return ids, [names[int(i)] for i in ids]
+
+    def templates(self) -> list[str]:
+        """Templates of the row: a preset, a list, `prompts` (the prompt file's) or `source` (the
+        source's own). Raises DataError if the source has none."""
+        named = self.row.templates
+        if isinstance(named, list):
+            return named
+        if named == "prompts":
+            return self._table.templates
+        if named != "source":
+            return texts.load_templates(named)
+        if not self.source.templates:
+            raise DataError(
+                f"{self.row.name}: the templates are to come from the source, but "
+                f"{self.source.what} has none (zeroshot_classification_templates.txt)"
+            )
+        return self.source.templates
 
     def distinct_texts(self) -> tuple[list[str], np.ndarray]:
         """Distinct captions in order of appearance and, per image, its caption's index (n,).
@@ -158,7 +200,7 @@ class EvalSplit(Dataset):
         distinct: list[str] = []
         owner = np.empty(len(self), dtype=np.int64)
         for i in range(len(self)):
-            text = self.text(i)
+            text = "\n".join(self.texts(i))
             folded = " ".join(text.split()).casefold()
             if folded not in first:
                 first[folded] = len(distinct)
@@ -166,23 +208,64 @@ class EvalSplit(Dataset):
             owner[i] = first[folded]
         return distinct, owner
 
+    def captions(self) -> tuple[list[str], np.ndarray]:
+        """Captions, each a text of its own, and the index of the image of each (m,): the first
+        `captions_per_image` of every image, or all.
 
-def absent_splits(row: EvalDataset) -> list[str]:
-    """Names of the splits of `row` that are not on disk."""
-    return [split for split in row.splits if not (row.folder(split) / "manifest.json").exists()]
+        Raises DataError for an image with fewer, or another total than the registry's `texts`.
+        """
+        limit = self.row.captions_per_image
+        found: list[str] = []
+        owner: list[int] = []
+        for i in range(len(self)):
+            lines = self.texts(i)
+            if limit != "all" and len(lines) < limit:
+                raise DataError(f"{self._where(i)}: {len(lines)} captions, {limit} are needed")
+            lines = lines if limit == "all" else lines[:limit]
+            found += lines
+            owner += [i] * len(lines)
+        expected = self.row.splits[self.split].get("texts")
+        if expected is not None and len(found) != expected:
+            raise DataError(
+                f"{self.row.name}, split {self.split}: {len(found)} captions, the registry "
+                f"(eval/datasets.yaml) expects {expected}; make the set again: {self.row.obtain}"
+            )
+        return found, np.array(owner, dtype=np.int64)
 
 
-def present(row: EvalDataset) -> bool:
-    """Whether all splits of `row` are on disk.
+class _Squash:
+    """Both sides to the crop, without keeping the shape: ELEVATER's way with KITTI."""
 
-    Absent and optional: prints how to obtain it and returns False. Absent and not optional:
-    raises DataError.
+    def __init__(self, crop: int) -> None:
+        resize = v2.Resize((crop, crop), v2.InterpolationMode.BICUBIC)
+        self._transform = v2.Compose([resize, v2.PILToTensor()])
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self._transform(image)
+
+
+def absent_splits(row: EvalDataset, task: str | None = None) -> list[str]:
+    """Names of the splits of `row` (that `task` reads) that are not on disk."""
+    needed = ["test"] if task in TEST_ONLY else list(row.splits)
+    if row.source == "shards":
+        return [s for s in needed if not (row.folder(s) / "manifest.json").exists()]
+    if row.source == "auto":
+        return [s for s in needed if recognise(row.folder(s)) is None]
+    return [s for s in needed if not row.folder(s).is_dir()]
+
+
+def present(row: EvalDataset, task: str | None = None, required: bool = False) -> bool:
+    """Whether the splits of `row` that `task` reads are on disk.
+
+    Absent and optional: prints how to obtain it and returns False. Absent and `required` or not
+    optional: raises DataError.
     """
-    absent = absent_splits(row)
+    absent = absent_splits(row, task)
     if not absent:
         return True
-    message = f"{row.name}: {row.folder(absent[0])} is not there; obtain it with: {row.obtain}"
-    if not row.optional:
+    message = f"{row.name}: {row.folder(absent[0])} is not there; obtain it with: "
+    message += " && ".join(dict.fromkeys(row.command(split) for split in absent))
+    if required or not row.optional:
         raise DataError(message)
     print(f"skipped {message}")
     return False

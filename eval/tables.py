@@ -1,5 +1,5 @@
 """Result rows joined into one table: `python -m eval.tables RESULTS [--format md|tex|csv|html|png]
-[--output FILE]`."""
+[--output FILE]`, or a published table beside our numbers: `… --paper unicl --table 5`."""
 
 import argparse
 from collections import defaultdict
@@ -8,20 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from eval import render, rows, sources
+from eval import (
+    paper_join,
+    paper_tables,
+    render,
+    render_bars,
+    render_names,
+    render_paper,
+    rows,
+    sources,
+)
 from loaders.errors import ConfigError, DataError, run_cli
 
-TITLE = "Clip-art numbers of the quickstart sets, not ImageNet"
+QUICKSTART_TITLE = "Clip-art numbers of the quickstart sets, not ImageNet"
+TITLE = "Evaluation results"
 
 
 class Column(NamedTuple):
-    """What a number is; results on another n or k never share a column."""
+    """What a number is; results on another n or k, or by another protocol, never share one."""
 
     dataset: str
     task: str
     metric: str
     n: int | None
     classes: int | None
+    protocol: str | None = None  # where the data set has several
 
 
 @dataclass
@@ -44,15 +55,35 @@ class Table:
     commands: list[str]
 
 
+def read_folder(folder: Path) -> list[dict]:
+    """All result rows of FOLDER/*.jsonl, none if there is no such file."""
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in rows.read_rows(path)]
+
+
 def load_folder(folder: Path) -> list[dict]:
     """All result rows of FOLDER/*.jsonl; none at all raises DataError with the command."""
-    found = [row for path in sorted(folder.glob("*.jsonl")) for row in rows.read_rows(path)]
+    found = read_folder(folder)
     if not found:
         raise DataError(
             f"{folder} holds no result rows (*.jsonl); make some with: "
             f"python -m eval.zero_shot --checkpoint RUN --datasets quickstart --output {folder}"
         )
     return found
+
+
+def refuse_mixed_prompts(found: list[dict]) -> None:
+    """Raise DataError where one data set, task and protocol has results of several prompt digests:
+    class names or templates have changed in between."""
+    runs: dict[tuple, dict[str | None, str]] = defaultdict(dict)
+    for row in found:
+        measure = runs[row["dataset"], row["task"], row["protocol"]]
+        measure.setdefault(row["prompt_digest"], row["run"])
+        if len(measure) > 1:
+            raise DataError(
+                f"{row['dataset']}, {row['task']}: {' and '.join(measure.values())} were evaluated "
+                "with different prompts (class names or templates); evaluate them again, or keep "
+                "their results in folders of their own"
+            )
 
 
 def _labels(found: list[dict]) -> dict[tuple, str]:
@@ -67,12 +98,17 @@ def _labels(found: list[dict]) -> dict[tuple, str]:
     return labels
 
 
+def column_of(row: dict) -> Column:
+    """Column of a result row."""
+    size = (row["n"], row["classes"])
+    measure = (row["dataset"], row["task"], row["metric"])
+    return Column(*measure, *size, render_names.protocol_name(row))
+
+
 def _columns(found: list[dict], registry: sources.Registry) -> list[Column]:
     """Columns in the registry's order: what was measured, and what a collection that was touched
     still lacks."""
-    measured = {
-        Column(*(row[k] for k in ("dataset", "task", "metric", "n", "classes"))) for row in found
-    }
+    measured = {column_of(row) for row in found}
     seen = {column[:3] for column in measured}
     touched = {column.dataset for column in measured}
     expected: list[tuple[str, str, str]] = []
@@ -80,13 +116,18 @@ def _columns(found: list[dict], registry: sources.Registry) -> list[Column]:
         for task, metrics in row.tasks.items():
             expected += [(row.name, task, metric) for metric in metrics]
     position = {key: i for i, key in enumerate(expected)}
-    due = {name for c in registry.collections.values() if touched & set(c) for name in c}
+    due = set()
+    for members in registry.collections.values():
+        # Benchmark sets are all optional: nobody owes the other 26 for having evaluated one.
+        if touched & set(members) and not all(registry.datasets[m].optional for m in members):
+            due |= set(members)
     lacking = [
         Column(*key, n=None, classes=None) for key in expected if key[0] in due and key not in seen
     ]
 
     def order(column: Column) -> tuple:
-        return (position.get(column[:3], len(position)), column[:3], column.n or 0)
+        place = position.get(column[:3], len(position))
+        return (place, column[:3], column.protocol or "", column.n or 0)
 
     return sorted([*measured, *lacking], key=order)
 
@@ -95,16 +136,23 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
     """One table of result rows (dicts in the shape of `rows.make_rows`).
 
     A line is a (run, checkpoint), a column is (data set, task, metric, n, k). Cells without a row
-    stay empty, and `commands` names the commands that fill them into `folder`.
+    stay empty, and `commands` names the commands that fill them into `folder`. Results that differ
+    in their prompts, and two results for one cell, raise DataError.
     """
     registry = registry or sources.Registry()
+    refuse_mixed_prompts(found)
     labels = _labels(found)
     lines: dict[tuple, Line] = {}
     for row in found:
         key = (row["run"], row["checkpoint_hash"])
         line = lines.setdefault(key, Line(labels[key], row["config_name"]))
-        column = Column(*(row[k] for k in ("dataset", "task", "metric", "n", "classes")))
-        line.cells[column] = row
+        column = column_of(row)
+        if line.cells.setdefault(column, row) != row:
+            first = line.cells[column]
+            raise DataError(
+                f"two results for {line.label}, {', '.join(column[:3])}: {first['value']} "
+                f"({first['protocol']}) and {row['value']} ({row['protocol']}); keep one of them"
+            )
     columns = _columns(found, registry)
     protocols: dict[tuple, list[str]] = defaultdict(list)
     for column in columns:
@@ -113,7 +161,7 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
             if row and labels[key] not in protocols[(*column[:2], row["protocol"])]:
                 protocols[(*column[:2], row["protocol"])].append(labels[key])
     notes = [
-        f"{dataset}, {render.TASKS[task]} ({', '.join(runs)}): {protocol}."
+        f"{dataset}, {render_names.task_name(task)} ({', '.join(runs)}): {protocol}."
         for (dataset, task, protocol), runs in protocols.items()
     ]
     commands = [
@@ -122,11 +170,15 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
         if any(column.dataset == row.name and column.n is None for column in columns)
         and sources.absent_splits(row)
     ]
-    commands = [*dict.fromkeys(commands), *_commands(lines, columns, folder)]
-    return Table(TITLE, columns, list(lines.values()), notes, commands)
+    commands = [*dict.fromkeys(commands), *_commands(lines, columns, folder, registry)]
+    clip_art = {row["dataset"] for row in found} <= set(registry.collections.get("quickstart", []))
+    title = QUICKSTART_TITLE if clip_art else TITLE
+    return Table(title, columns, list(lines.values()), notes, commands)
 
 
-def _commands(lines: dict[tuple, Line], columns: list[Column], folder: Path) -> list[str]:
+def _commands(
+    lines: dict[tuple, Line], columns: list[Column], folder: Path, registry: sources.Registry
+) -> list[str]:
     """The commands that fill the empty cells, one per run and task."""
     lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (run, _), line in lines.items():
@@ -140,28 +192,43 @@ def _commands(lines: dict[tuple, Line], columns: list[Column], folder: Path) -> 
         if names:
             # Runs and their results lie side by side in the quickstart; else the user knows where.
             beside = folder.parent / run
-            place = beside if beside.exists() else f"FOLDER_OF_RUN/{run}"
-            commands.append(
-                f"python -m eval.{task} --checkpoint {place} --datasets {' '.join(names)} "
-                f"--output {folder}"
-            )
+            place = str(beside) if beside.exists() else f"FOLDER_OF_RUN/{run}"
+            commands.append(render_names.command(task, place, names, folder, registry))
     return commands
+
+
+def paper_table(paper: str, table: str | None, folder: Path) -> paper_tables.PaperTable:
+    """A published table with the results of `folder`; raises ConfigError with the known tables."""
+    if table is None:
+        known = ", ".join(paper_tables.table_ids(paper))
+        raise ConfigError(f"--paper {paper} needs --table, one of {known}")
+    content = paper_tables.load(paper, table)
+    found = [row for row in read_folder(folder) if row["config_name"] in content.configs]
+    refuse_mixed_prompts(found)
+    return paper_join.join(content, found, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.tables", description="One table.")
     parser.add_argument("results", type=Path, help="folder with result rows (*.jsonl)")
+    parser.add_argument("--paper", help="published tables: a file of eval/paper without .yaml")
+    parser.add_argument("--table", help="which table of --paper")
     parser.add_argument("--format", choices=["md", "tex", "csv", "html", "png"], default="md")
     parser.add_argument("--output", type=Path, help="file to write; without it: print")
     args = parser.parse_args(argv)
-    table = join(load_folder(args.results), args.results)
+    if args.table and not args.paper:
+        raise ConfigError(f"--table needs --paper, one of {', '.join(paper_tables.papers())}")
+    if args.format == "png" and args.output is None:
+        raise ConfigError("--format png needs --output FILE")
+    if args.paper:
+        table, texts = paper_table(args.paper, args.table, args.results), render_paper
+    else:
+        table, texts = join(load_folder(args.results), args.results), render
     if args.format == "png":
-        if args.output is None:
-            raise ConfigError("--format png needs --output FILE")
-        render.png(table, args.output)
+        (render_bars if args.paper else render).png(table, args.output)
         return
-    text = getattr(render, args.format)(table)
+    text = getattr(texts, args.format)(table)
     if args.output is None:
         print(text, end="")
     else:

@@ -1,52 +1,110 @@
 """Zero-shot classification: `python -m eval.zero_shot --checkpoint RUN --datasets quickstart
---output DIR`."""
+--output DIR`.
+
+Two published protocols, `--protocol`: `unicl` (UniCL's ImageNet evaluator: resize 256, crop 224, 81
+templates) and `elevater` (ELEVATER's toolkit: resize 224, the templates of each set, 80 for
+ImageNet). Both average normalised prompt features and normalise again; what is scored is the
+softmax of 100 x cosine, whose order within an image is that of the cosine.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from eval import cli, metrics, rows, sources
+from eval import cli, metrics, metrics_scores, rows, sources
 from eval.features import Extractor
-from loaders import texts
-from loaders.errors import run_cli
+from loaders.errors import DataError, run_cli
+
+
+def _features(
+    extractor: Extractor, split: sources.EvalSplit
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, list[str]] | None:
+    """Image features (n, D), classifier (K, D), class ids (K,) and class texts (K)."""
+    ids, names = split.class_names()
+    class_texts = split.row.class_texts(names)
+    classifier = extractor.class_weights(class_texts, split.templates())
+    images = extractor.images(split)
+    return None if images is None else (images["feature"], classifier, ids, class_texts)
+
+
+def _ranks(
+    split: sources.EvalSplit, images: torch.Tensor, classifier: torch.Tensor, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of the true class, and its index, of every image."""
+    name = split.row.name
+    if split.targets is not None or (split.labels < 0).any():
+        raise DataError(f"{name}: one label per image is needed")
+    true = np.searchsorted(ids, split.labels)
+    each = np.arange(len(true))
+    return metrics.positive_ranks(images, classifier, each, true, name=name), true
 
 
 def class_ranks(
     extractor: Extractor, split: sources.EvalSplit
 ) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray] | None:
     """Rank of the true class, index of the true class, class names, and index of the predicted
-    class of every image of `split`; (n,), (n,), K strings, (n,). None off the main process."""
-    ids, names = split.class_names()
-    classifier = extractor.class_weights(names, texts.load_templates(split.row.templates))
-    features = extractor.images(split)
-    if features is None:
+    class of every image of `split`; (n,), (n,), K strings, (n,). None off the main process.
+
+    Raises DataError for a set with several labels per image.
+    """
+    found = _features(extractor, split)
+    if found is None:
         return None
-    true = np.searchsorted(ids, split.labels)
-    ranks = metrics.positive_ranks(features["feature"], classifier, np.arange(len(true)), true)
-    predicted = (features["feature"].double() @ classifier.double().T).argmax(dim=1).numpy()
+    images, classifier, ids, names = found
+    ranks, true = _ranks(split, images, classifier, ids)
+    predicted = (images.double() @ classifier.double().T).argmax(dim=1).numpy()
     return ranks, true, names, predicted
 
 
 def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
-    """Top-1, top-5 and mean per-class recall by cosine to the averaged class prompts.
+    """The row's metrics by cosine to the averaged class prompts.
 
-    Candidate classes are those that occur in the test split.
+    Candidate classes are those of the prompt file, or those that occur in the test split where the
+    row has none. ROC AUC takes the probability of the second class.
     """
     split = sources.EvalSplit(row, "test", extractor.size)
-    found = class_ranks(extractor, split)
+    found = _features(extractor, split)
     if found is None:
         return None
-    ranks, true, names, _ = found
-    templates = texts.load_templates(row.templates)
+    images, classifier, ids, names = found
+    wanted, measured = row.tasks["zero_shot"], {}
+    if {"map_11_point", "roc_auc"} & set(wanted):
+        scores = metrics_scores.class_probabilities(images, classifier)
+        metrics_scores.check_finite(scores, row.name)
+        if "map_11_point" in wanted:
+            targets = split.targets[:, ids]
+            measured["map_11_point"] = metrics_scores.mean_average_precision_11(scores, targets)
+        if "roc_auc" in wanted:
+            positive = split.labels == ids[1]
+            measured["roc_auc"] = metrics_scores.area_under_roc(scores[:, 1], positive)
+    if not set(wanted) <= set(measured):
+        measured |= metrics.classification_metrics(*_ranks(split, images, classifier, ids))
+    templates = split.templates()
     return cli.Outcome(
-        metrics.classification_metrics(ranks, true),
+        measured,
         classes=len(names),
-        protocol=(
-            f"zero-shot among the {len(names)} classes of the split, mean of {len(templates)} "
-            f"normalised prompt features ({row.templates}), ties count as errors"
-        ),
+        protocol=_describe(split, len(names), len(templates)),
         digest=rows.prompt_digest(names, templates),
     )
+
+
+def _describe(split: sources.EvalSplit, classes: int, templates: int) -> str:
+    """The protocol in words; equal words are equal protocols."""
+    row = split.row
+    of = f"classes of prompts/{row.prompts}" if row.prompts else "classes of the split"
+    named = {"prompts": row.prompts, "source": "the source's own"}
+    which = "stated in the registry"
+    if isinstance(row.templates, str):
+        which = named.get(row.templates, row.templates)
+    text = (
+        f"zero-shot among the {classes} {of}, mean of {templates} normalised prompt features "
+        f"({which}), ties count as errors"
+    )
+    if row.protocol:
+        resized = "squashed to" if row.squash else f"resize {split.resize} crop"
+        text += f"; protocol {row.protocol}: {resized} {split.crop}, softmax of 100 x cosine"
+    return text
 
 
 def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:

@@ -1,12 +1,13 @@
 """What the registry and the sources refuse, and what they say."""
 
+import random
 import shutil
 
 import numpy as np
 import pytest
 import yaml
 
-from eval import sources
+from eval import source_base, sources
 from loaders import texts
 from loaders.errors import ConfigError, DataError
 from tests.eval.conftest import drawing, write_set
@@ -25,14 +26,89 @@ def row(world):
 
 def test_shipped_registry_is_consistent():
     registry = sources.Registry()
-    assert set(registry.collections["quickstart"]) == set(registry.datasets)
     for row in registry.datasets.values():
-        assert ("train" in row.splits) == ("linear_probe" in row.tasks)
-        assert row.templates is None or texts.load_templates(row.templates)
+        assert ("train" in row.splits) == bool({"linear_probe", "detection"} & set(row.tasks))
+        if isinstance(row.templates, str) and row.templates not in ("prompts", "source"):
+            assert texts.load_templates(row.templates)
+        if row.prompts:
+            subset = sources.subset_ids(row.subset) if row.subset else None
+            table = source_base.read_table(row.prompts, subset)
+            assert len(table.candidates) == row.classes, row.name
+            assert (row.templates == "prompts") == bool(table.templates)
+        assert "{" not in row.obtain.replace("{00000", ""), row.obtain
     assert len(registry.select(["quickstart"], "zero_shot")) == 3
     assert [r.name for r in registry.select(["quickstart"], "linear_probe")] == [
         "openclipart_classes"
     ]
+
+
+def test_shipped_rows_are_those_of_elevater_with_its_sizes_and_metrics():
+    registry = sources.Registry()
+    published = yaml.safe_load((sources.REPOSITORY / "data_prep/elevater_sets.yaml").read_text())
+    assert registry.collections["elevater20"] == list(published)
+    names = {"accuracy": "top1", "mean-per-class": "mean_per_class", "roc_auc": "roc_auc"}
+    names["11point_mAP"] = "map_11_point"
+    for name, facts in published.items():
+        row = registry.datasets[name]
+        sizes = {split: entry["samples"] for split, entry in row.splits.items()}
+        assert sizes == {split: facts["sizes"][split] for split in ("train", "test")}
+        assert row.tasks["zero_shot"][0] == row.tasks["linear_probe"][0] == names[facts["metric"]]
+        assert row.squash == (name == "kitti-distance")
+        assert (row.protocol, row.resize_ratio, row.classes) == ("elevater", 1, facts["classes"])
+        source = "torchvision" if facts["torchvision"] and name != "fer-2013" else "folder"
+        command = f"--set {name} --split test --from {source} --root ROOT --out data/eval/{name}"
+        assert command in row.command("test")
+    assert len(set(registry.collections["clip27"])) == 27
+    voc = registry.datasets["voc-2007-classification"]
+    assert voc.multilabel
+    assert not voc.labelled_only
+
+
+def test_imagenet_has_both_published_protocols():
+    registry = sources.Registry()
+    names = ["imagenet1k", "imagenet_r"]
+    for protocol, templates, resize in ((None, 81, 256), ("unicl", 81, 256), ("elevater", 80, 224)):
+        for row in registry.select(names, "zero_shot", protocol):
+            assert len(texts.load_templates(row.templates)) == templates
+            assert round(224 * row.resize_ratio) == resize
+    with pytest.raises(ConfigError, match="dtd has no protocol unicl; it has its own only"):
+        registry.select(["dtd"], "zero_shot", "unicl")
+    assert registry.datasets["imagenet1k"].split_name("test") == "val"
+    r, a = (registry.datasets[name] for name in ("imagenet_r", "imagenet_a"))
+    assert len(sources.subset_ids(r.subset)) == len(sources.subset_ids(a.subset)) == 200
+
+
+def test_class_texts_are_those_of_training_except_elevaters():
+    """ "Bonaire, Saint Eustatius and Saba" is scored with its comma in ELEVATER."""
+    registry = sources.Registry()
+    names, rng = ["a, b+c", "x"], random.Random(7)
+    training = [texts.label_text([name], ["{}"], rng) for name in names]
+    assert registry.datasets["imagenet1k"].class_texts(names) == training == ["a b c", "x"]
+    assert registry.datasets["openclipart_classes"].class_texts(names) == training
+    assert registry.datasets["country211"].class_texts(names) == names
+    (row,) = registry.select(["imagenet1k"], "zero_shot", "elevater")
+    assert row.class_texts(names) == names
+
+
+def test_collections_with_unknown_members_say_so():
+    for name in ("unicl14", "unicl18"):
+        with pytest.raises(ConfigError, match=rf"{name} cannot.*could read names the members"):
+            sources.Registry().select([name], "zero_shot")
+
+
+def test_data_root_moves_benchmark_sets_only(monkeypatch, tmp_path):
+    def folders(registry):
+        row = registry.datasets["dtd"]
+        return row.folder("test"), registry.datasets["emoji_twemoji"].folder("test")
+
+    shipped = sources.REPOSITORY / "data/quickstart/emoji_twemoji"
+    monkeypatch.delenv("UNICL_EVAL_DATA", raising=False)
+    usual = sources.REPOSITORY / "data/eval/dtd/test"
+    assert folders(sources.Registry()) == (usual, shipped)
+    assert folders(sources.Registry(data_root=tmp_path)) == (tmp_path / "dtd/test", shipped)
+    monkeypatch.setenv("UNICL_EVAL_DATA", str(tmp_path / "env"))
+    assert folders(sources.Registry()) == (tmp_path / "env/dtd/test", shipped)
+    assert f"--out {tmp_path}/env/dtd/test" in sources.Registry().datasets["dtd"].obtain
 
 
 def test_unknown_names_are_refused_with_the_nearest():
@@ -66,6 +142,16 @@ def test_absent_set_is_skipped_only_when_optional(row, tmp_path, capsys):
     assert not sources.present(row("toy_captions", splits=splits, optional=True))
     assert "obtain it with: make toys" in capsys.readouterr().out
     assert sources.present(row("toy_captions"))
+    with pytest.raises(DataError, match="nowhere"):  # named on the command line
+        sources.present(row("toy_captions", splits=splits, optional=True), required=True)
+
+
+def test_zero_shot_does_not_ask_for_the_training_split(row, world, tmp_path):
+    splits = {"test": {"path": str(world / "drawn_test"), "samples": None}}
+    splits["train"] = {"path": str(tmp_path / "nowhere"), "samples": None}
+    half = row("toy_classes", splits=splits, optional=True)
+    assert sources.absent_splits(half) == sources.absent_splits(half, "knn") == ["train"]
+    assert sources.absent_splits(half, "zero_shot") == []
 
 
 def test_unreadable_image_and_missing_caption_name_shard_and_key(row, tmp_path):

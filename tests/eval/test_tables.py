@@ -18,6 +18,7 @@ def result(run, dataset, task, metric, value, **changes):
     row = {"dataset": dataset, "split": "test", "n": 810, "classes": 28, "metric": metric}
     row |= {"value": value, "ci95": [value - 2.5, value + 3.25], "task": task}
     row |= {"protocol": "some protocol", "checkpoint_hash": f"hash_of_{run}", "step": 100}
+    row |= {"prompt_digest": f"texts of {dataset}"}
     return row | {"run": run, "config_name": run} | changes
 
 
@@ -75,6 +76,59 @@ def test_results_on_another_n_do_not_share_a_column(tmp_path):
     ]
 
 
+def test_results_of_other_prompts_are_not_merged(tmp_path):
+    other = [row | {"prompt_digest": "other"} for row in ROWS if row["run"] == "labels"]
+    with pytest.raises(DataError, match=r"emoji_twemoji, zero_shot: .*unicl.* different prompts"):
+        tables.join([*ROWS[1:4], *other], tmp_path)
+    again = [row | {"protocol": "another protocol"} for row in other]
+    tables.join([*ROWS[1:4], *again], tmp_path)  # both protocols stand in the notes
+
+
+def test_protocols_of_one_set_are_two_columns(tmp_path):
+    rows = [
+        result("a", "imagenet1k", "zero_shot", "top1", value, protocol=f"x; protocol {name}: y")
+        | {"prompt_digest": name}
+        for name, value in (("unicl", 70.0), ("elevater", 71.0))
+    ]
+    text = render.md(tables.join(rows, tmp_path))
+    assert "Clip-art" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| imagenet1k ")]
+    assert len(lines) == 2  # and no line for the other sets of the same benchmarks
+    for line, name, value in zip(lines, ("elevater", "unicl"), ("71.0", "70.0"), strict=True):
+        assert f"zero-shot top-1, {name} protocol" in line
+        assert value in line
+
+
+def test_results_without_an_interval_and_variants_are_shown(tmp_path):
+    rows = [
+        result("a", "coco_detection", "detection", "box_map", 40.04, ci95=None, classes=80),
+        result("a", "dtd", "linear_probe_elevater_5shot", "top1_best_epoch", 50.0),
+        result("a", "dtd", "linear_probe_elevater_5shot", "top1_last_epoch_seed0", 49.0),
+        result("b", "dtd", "linear_probe_clip", "top1", 61.0),
+    ]
+    table = tables.join(rows, tmp_path / "results")
+    for form in ("md", "tex", "csv", "html"):
+        text = getattr(render, form)(table)
+        assert "40.0" in text
+        assert "linear probe (ELEVATER), 5-shot top-1 (best epoch)" in text
+        assert "top-1 (last epoch seed0)" in text
+    render.png(table, tmp_path / "table.png")
+    for run, command in (
+        ("b", "linear_probe CHECKPOINT --datasets dtd --protocol elevater --shots 5 --output"),
+        ("a", "linear_probe CHECKPOINT --datasets dtd --protocol clip --output"),
+        ("b", "detection CHECKPOINT --train data/eval/coco_detection/train2017 --val data/eval/"),
+    ):
+        start = command.replace("CHECKPOINT", f"--checkpoint FOLDER_OF_RUN/{run}")
+        assert any(c.startswith(f"python -m eval.{start}") for c in table.commands), start
+
+
+def test_two_results_for_one_cell_are_refused(tmp_path):
+    tables.join([*ROWS, ROWS[0]], tmp_path)
+    other = ROWS[0] | {"value": 21.0, "protocol": "another protocol"}
+    with pytest.raises(DataError, match=r"20\.0 \(some protocol\) and 21\.0 \(another"):
+        tables.join([*ROWS, other], tmp_path)
+
+
 def test_checkpoints_of_one_run_are_told_apart(tmp_path):
     later = result("unicl", "emoji_twemoji", "zero_shot", "top1", 50.0)
     rows = [*ROWS, later | {"checkpoint_hash": "later", "step": 200}]
@@ -110,7 +164,7 @@ def test_command_line_writes_every_format(tmp_path, capsys):
             [str(tmp_path), "--format", form, "--output", str(tmp_path / f"out/table.{form}")]
         )
     assert Image.open(tmp_path / "out/table.png").width > 800
-    assert "43.2 <small>[40.7, 46.5]" in (tmp_path / "out/table.html").read_text()
+    assert "43.2<small> [40.7, 46.5]" in (tmp_path / "out/table.html").read_text()
     with pytest.raises(ConfigError, match="needs --output"):
         tables.main([str(tmp_path), "--format", "png"])
     (tmp_path / "b.jsonl").write_text("{broken\n")

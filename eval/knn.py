@@ -1,0 +1,85 @@
+"""k-nearest-neighbour classification: `python -m eval.knn --checkpoint RUN --datasets cifar-10
+--output DIR`.
+
+The weighted vote of DINO's evaluator (facebookresearch/dino, eval_knn.py, after Wu et al. 2018):
+the 20 training images with the highest cosine vote for their class with weight exp(cosine / 0.07).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval import cli, metrics, sources
+from eval.features import Extractor
+from eval.metrics_scores import check_finite
+from loaders.errors import DataError, run_cli
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+
+
+def votes(train: torch.Tensor, labels: np.ndarray, test: torch.Tensor, classes: int) -> np.ndarray:
+    """Sum of exp(cosine / 0.07) over the nearest neighbours per class, (n, classes) float64.
+
+    train (m, D) with labels (m,) in 0..classes-1, test (n, D). With fewer than 20 training images
+    all vote. At most `metrics.SCORES` cosines are held.
+    """
+    reference = F.normalize(train.double(), dim=1).T
+    queries, k = F.normalize(test.double(), dim=1), min(NEIGHBOURS, len(train))
+    of = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    result = torch.zeros(len(test), classes, dtype=torch.float64)
+    for part in torch.arange(len(test)).split(max(1, metrics.SCORES // len(train))):
+        cosine, neighbour = (queries[part] @ reference).topk(k, dim=1)
+        weight = torch.exp(cosine / TEMPERATURE)
+        result[part] = result[part].scatter_add(1, of[neighbour], weight)
+    return result.numpy()
+
+
+def vote_ranks(ballot: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Rank of the true class (n,): how many others have at least as many votes. A class without
+    any vote comes last, so it is never right."""
+    own = np.take_along_axis(ballot, true[:, None], axis=1)
+    ranks = (ballot >= own).sum(axis=1) - 1
+    return np.where(own[:, 0] > 0, ranks, ballot.shape[1])
+
+
+def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
+    """Top-1, top-5 and mean per-class recall of the vote, on the embeddings that the loss compares.
+
+    A test image whose class has no training image counts as an error.
+    """
+    train = sources.EvalSplit(row, "train", extractor.size)
+    test = sources.EvalSplit(row, "test", extractor.size)
+    reference, queries = extractor.images(train), extractor.images(test)
+    if reference is None:
+        return None
+    if (train.labels < 0).any() or (test.labels < 0).any():
+        raise DataError(f"{row.name}: one label per image is needed")
+    for features in (reference, queries):
+        check_finite(features["feature"].numpy(), row.name)
+    ids = np.union1d(train.labels, test.labels)
+    true = np.searchsorted(ids, test.labels)
+    ballot = votes(
+        reference["feature"], np.searchsorted(ids, train.labels), queries["feature"], len(ids)
+    )
+    return cli.Outcome(
+        metrics.classification_metrics(vote_ranks(ballot, true), true),
+        classes=len(test.class_names()[0]),
+        protocol=(
+            f"{NEIGHBOURS} nearest neighbours by cosine of the image embedding, votes weighted by "
+            f"exp(cosine / {TEMPERATURE}) as in DINO, ties count as errors: {len(train)} train, "
+            f"{len(test)} test"
+        ),
+        digest=None,
+    )
+
+
+def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+    """Command line; `registry` is another datasets.yaml."""
+    cli.run("knn", "k-nearest neighbours on frozen features.", evaluate, argv, registry)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,140 @@
+"""The shipped configurations: names, heads, and which are refused for which reason."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine import build, config
+from loaders.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+PAPER = [path for path in FILES if not path.stem.startswith("quickstart_")]
+MIXED = [path for path in PAPER if path.stem.endswith("_mixup_cutmix")]
+OPEN = [path for path in PAPER if "cifar" in path.stem]
+READY = [path for path in FILES if path not in [*MIXED, *OPEN]]
+
+
+def names(path):
+    """Test id of a file."""
+    return path.stem
+
+
+def listed(error):
+    """The keys that a refusal names (of alternatives the first)."""
+    return re.findall(r"^  ([a-z_.]+)", str(error), flags=re.MULTILINE)
+
+
+# One value for every open key, as a person would decide them.
+DECISIONS = [
+    "recipe=ours", "model.image.size=32", "model.image.kwargs={}", "model.logit_scale_init=1.0",
+    "data.augmentation=paper", "train.global_batch=1024", "train.epochs=200", "optim.lr=1e-3",
+    "optim.warmup_lr=0", "optim.min_lr=0", "optim.betas=[0.9,0.98]", "optim.eps=1e-8",
+    "optim.weight_decay=0.1", "optim.grad_clip_norm=0", "optim.schedule=cosine",
+    "optim.warmup_steps=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", READY, ids=names)
+def test_configuration_loads(path):
+    assert config.load(path).recipe == ("ours" if path not in PAPER else "release_defaults")
+
+
+@pytest.mark.parametrize("path", MIXED, ids=names)
+def test_mixup_is_refused_and_only_mixup(path):
+    with pytest.raises(ConfigError, match=r"mixup_cutmix: the trainer cannot blend"):
+        config.load(path)
+    cfg = config.load(path, ["data.augmentation=unicl_release"])
+    other = config.load(path.with_name(path.name.replace("_mixup_cutmix", "")))
+    assert {key for key in cfg if cfg[key] != other[key]} == {"name", "output_dir"}
+
+
+@pytest.mark.parametrize("path", OPEN, ids=names)
+def test_open_configuration_lists_all_its_keys_and_loads_once_they_are_decided(path):
+    with pytest.raises(ConfigError) as caught:
+        config.load(path)
+    assert listed(caught.value) == [
+        {"optim.warmup_steps": "optim.warmup_epochs"}.get(key, key)
+        for key in (decision.partition("=")[0] for decision in DECISIONS)
+    ]
+    assert "base: _base/release_defaults.yaml" in str(caught.value)
+    assert config.load(path, DECISIONS).train.global_batch == 1024
+
+
+@pytest.mark.parametrize("left_out", DECISIONS)
+def test_each_open_key_is_needed(left_out):
+    with pytest.raises(ConfigError) as caught:
+        config.load(OPEN[0], [decision for decision in DECISIONS if decision != left_out])
+    assert len(listed(caught.value)) == 1
+
+
+def test_release_defaults_decide_what_the_paper_leaves_open(tmp_path):
+    base = ROOT / "configs/_base/paper_unknown.yaml"
+    with pytest.raises(ConfigError, match=r"train\.global_batch"):
+        config.load(base)
+    cfg = config.load(base.with_name("release_defaults.yaml"))
+    assert cfg.recipe == "release_defaults"
+    # microsoft/UniCL at 9983bf8, config.py: 5e-4 per 512 images.
+    assert config.learning_rates(cfg)["lr"] == pytest.approx(4e-3)
+    assert cfg.train.epochs == 32
+    copy = (ROOT / "configs/unicl_resnet50_cifar10.yaml").read_text()
+    advice = f"base: {ROOT}/configs/_base/release_defaults.yaml"
+    (tmp_path / "copy.yaml").write_text(copy.replace("base: _base/paper_unknown.yaml", advice))
+    with pytest.raises(ConfigError, match=r"model\.image\.size") as caught:
+        config.load(tmp_path / "copy.yaml")
+    assert "optim" not in str(caught.value)
+
+
+def kinds():
+    """One ready configuration for each method and each number of sources per side."""
+    chosen = {}
+    for path in PAPER:
+        if path in READY:
+            content = yaml.safe_load(path.read_text())
+            sides = tuple(str(content["data"].get(side)) for side in ("image_label", "image_text"))
+            counts = tuple(side.count("data/") for side in sides)
+            chosen.setdefault((content["loss"]["name"], *counts), path)
+    return list(chosen.values())
+
+
+@pytest.mark.parametrize("path", kinds(), ids=names)
+def test_data_model_and_method_fit_together(path, monkeypatch):
+    """The dry run of train.py with a small model, on the shipped data."""
+    monkeypatch.chdir(ROOT)
+    shipped = {
+        "image_label": ["emoji_train"],
+        "image_text": ["openclipart_train", "openclipart_test"],
+    }
+    changes = [
+        "model.image={name: swin_tiny, size: 32, kwargs: {embed_dim: 16, depths: [1, 1], "
+        "num_heads: [1, 2], window_size: 4}}",
+        "model.text={width: 16, layers: 1, heads: 2}",
+        "model.embed_dim=8",
+        "data.workers=0",
+        "train={global_batch: 8, epochs: null, steps: 2}",
+        "optim={warmup_epochs: null, warmup_steps: 1}",
+    ]
+    cfg = config.load(path)
+    for side, sets in shipped.items():
+        count = len(config.specs(cfg.data[side], side))
+        names = ", ".join(f"data/quickstart/{name}" for name in sets[:count])
+        changes += [f"data.{side}=[{names}]"] if count else []
+    plan = build.plan(config.load(path, changes), world_size=2)
+    assert plan.steps == 2
+    assert "parameters: image tower" in build.describe_parts(plan)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=names)
+def test_head_comment_and_name(path):
+    text = path.read_text()
+    head = "".join(re.findall(r"^# .*\n", text, flags=re.MULTILINE))
+    assert text.startswith(head)
+    assert re.search(rf"^# Command: .* configs/{path.name}$", head, flags=re.MULTILINE)
+    assert re.search(r"^# Cost: ", head, flags=re.MULTILINE)
+    assert re.search(r"^# Published: ", head, flags=re.MULTILINE)
+    content = yaml.safe_load(text)
+    assert content["name"] == path.stem
+    assert path.stem.startswith(content["loss"]["name"] + "_")
+    assert text.count("\n") < 25
