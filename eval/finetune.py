@@ -173,7 +173,7 @@ def evaluate(
     }
     protocol = (
         f"whole image tower, head from {args.head_init}, AdamW {args.lr:g}, decay {WEIGHT_DECAY}, "
-        f"cosine, {args.epochs} epochs of {len(data.kept)}, {BATCH} a step, random-resized crop and "
+        f"cosine, {args.epochs} epochs of {len(data.kept)}, {BATCH} a step, random-resized crop, "
         f"flip, seed {args.seed}, last epoch: {len(test)} test"
     )
     yield "finetune", cli.Outcome(measured, len(names), protocol, digest)
