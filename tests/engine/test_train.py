@@ -96,7 +96,8 @@ def test_killed_run_continues_to_the_last_bit(tmp_path):
 
 
 def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration(tmp_path):
-    settings = ["train.steps=400", "log.save_every_steps=1000", "--output-dir", str(tmp_path)]
+    """And goes on with another number of ranks by the same command."""
+    settings = ["log.save_every_steps=1000", "--output-dir", str(tmp_path), "train.steps=400"]
     interrupt(tmp_path, settings, after=3, number=signal.SIGTERM)
     last = (tmp_path / "checkpoints/LAST_GOOD").read_text().strip()
     assert json.loads((tmp_path / f"checkpoints/{last}/run.json").read_text())["step"] >= 3
@@ -104,9 +105,11 @@ def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration
     assert other.returncode != 0
     assert "belongs to another configuration" in other.stderr
     assert "seed: checkpoint 0, now 1" in other.stderr
-    single = start(*settings)
-    assert single.returncode == 3
-    assert "world_size 2, this run has 1" in single.stderr
+    step = int(last.removeprefix("step_"))
+    single = start(*settings[:-1], f"train.steps={step + 2}")
+    assert single.returncode == 0, single.stderr[-3000:]
+    assert f"after step {step}" in single.stdout
+    assert [line["step"] for line in trace(tmp_path)] == [*range(1, step + 3)]
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):

@@ -19,7 +19,7 @@ from tests.eval.conftest import MODEL, NAMES, write_run
 TASKS = {"zero_shot": zero_shot, "linear_probe": linear_probe, "retrieval": retrieval}
 ROW_KEYS = [
     *("dataset", "split", "n", "classes", "metric", "value", "ci95", "task", "protocol"),
-    *("checkpoint_hash", "step", "samples_seen", "run", "config_name", "prompt_digest"),
+    *("checkpoint_hash", "step", "samples_seen", "run", "config_name", "recipe", "prompt_digest"),
     *("git_hash", "date"),
 ]
 
