@@ -32,6 +32,15 @@ class Outcome:
 Task = Callable[[Extractor, sources.EvalDataset], Outcome | None]
 
 
+def make_rows(
+    run: weights.LoadedRun, dataset: sources.EvalDataset, task: str, outcome: Outcome
+) -> list[dict]:
+    """Result rows of an outcome; see `rows.make_rows`."""
+    return rows.make_rows(
+        run, dataset, task, outcome.metrics, outcome.classes, outcome.protocol, outcome.digest
+    )
+
+
 def make_accelerator() -> Accelerator:
     """Accelerator whose processes wait as long as the main process fits and scores."""
     if "SLURM_STEP_ID" in os.environ:
@@ -101,15 +110,7 @@ def run(
             outcome = evaluate(extractor, row)
             if outcome is None:
                 continue
-            new = rows.make_rows(
-                loaded,
-                row,
-                task,
-                outcome.metrics,
-                outcome.classes,
-                outcome.protocol,
-                outcome.digest,
-            )
+            new = make_rows(loaded, row, task, outcome)
             path = rows.write_rows(args.output, new)
             for result in new:
                 low, high = result["ci95"]

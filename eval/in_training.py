@@ -62,15 +62,7 @@ def evaluate(
     for task, row in chosen:
         outcome = TASKS[task](extractor, row)
         if outcome is not None:
-            found += rows.make_rows(
-                loaded,
-                row,
-                task,
-                outcome.metrics,
-                outcome.classes,
-                outcome.protocol,
-                outcome.digest,
-            )
+            found += cli.make_rows(loaded, row, task, outcome)
     if accelerator.is_main_process:
         _replace(run / EVALS, found, loaded.step)
         shutil.rmtree(cache, ignore_errors=True)  # of no use for the next checkpoint

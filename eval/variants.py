@@ -34,9 +34,7 @@ def store(
 ) -> Path:
     """Write one row per metric of `outcome` and print them; the path of the file."""
     listed = replace(dataset, tasks={task: list(outcome.metrics)})
-    new = rows.make_rows(
-        run, listed, task, outcome.metrics, outcome.classes, outcome.protocol, outcome.digest
-    )
+    new = cli.make_rows(run, listed, task, outcome)
     path = rows.write_rows(output, new)
     for row in new:
         interval = "  [{:.2f}, {:.2f}]".format(*row["ci95"]) if row["ci95"] else ""
