@@ -190,6 +190,7 @@ class Launch:
         for path in self.output.glob("*.*"):
             if path.suffix in (".tar", ".parquet") and int(path.stem) not in complete:
                 self.staged = max(self.staged, path.stat().st_size)
+                os.truncate(path, 0)  # a killed worker may hold it open for a moment more
                 path.unlink()
         for shard in complete:
             self._take_over(shard)

@@ -155,10 +155,10 @@ class Marked:
             time.sleep(0.05)
         assert not left, [process.cmdline() for process in left]
 
-    def finish(self) -> str:
-        """Wait for success; returns what was printed."""
+    def finish(self, returncode: int = 0) -> str:
+        """Wait until it ends with `returncode`; returns what was printed."""
         text = self.process.communicate(timeout=300)[0]
-        assert self.process.returncode == 0, text
+        assert self.process.returncode == returncode, text
         return text
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 from collections import Counter
 
@@ -108,17 +109,28 @@ def test_a_full_disk_is_named_and_finished_shards_are_valid(tmp_path):
         pytest.skip("a small file system cannot be mounted here (mount -t tmpfs)")
     out = disk / "D"
     try:
-        with serve() as server:
+        with serve(delay=0.5) as server:
             paths = [f"/noise/{number}.jpg" for number in range(3 * 8)]
             tsv = write_list(tmp_path / "cc3m.tsv", server, paths)
             arguments = command(tsv, out, samples_per_shard=8, processes=1)
-            done = run(arguments)
-            assert done.returncode == 3, done.stdout + done.stderr
+            with marked(arguments) as download:
+                # The command looks again when the disk is full, with one shard complete, and the
+                # files of the second still held, as by a killed worker that is not gone yet.
+                first, second = (
+                    out / f"work/00000-of-00001/out-0/shards/0000{shard}" for shard in (0, 1)
+                )
+                download.wait_for(first.with_suffix(".tar").exists)
+                download.process.send_signal(signal.SIGSTOP)
+                download.wait_for(second.with_suffix(".parquet").exists)
+                with open(f"{second}.tar", "rb"), open(f"{second}.parquet", "rb"):
+                    download.wait_for(lambda: shutil.disk_usage(disk).free == 0)
+                    download.process.send_signal(signal.SIGCONT)
+                    text = download.finish(3)
             assert re.search(
                 r"the disk is full\. 1 shards are finished and valid; 2 are missing and need about "
                 r"0\.00[12] GB",
-                done.stderr,
-            ), done.stderr
+                text,
+            ), text
             before = downloads.state(out)
             assert len(before) == 3
             assert not list(out.glob("work/*/"))
