@@ -18,6 +18,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,14 +27,13 @@ sys.path.insert(0, str(REPOSITORY))
 from data_prep import folder
 from data_prep.elevater_sources import Source, open_source, shard_image
 from data_prep.elevater_targets import ClassTable
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.shard_writer import write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 
 SETS = Path(__file__).with_name("elevater_sets.yaml")
 PROMPTS = REPOSITORY / "prompts" / "elevater"
 SPLITS = ("train", "val", "test")
 KINDS = ("torchvision", "hf", "folder")
-_SEED = 0  # of the order in the shards
 
 
 def read_sets() -> dict[str, dict]:
@@ -128,7 +128,8 @@ def prepare(arguments: argparse.Namespace) -> None:
         about = _json(label=label, name=texts[label], source=source.origins[i])
         return {extension: data, "cls": str(label).encode(), "json": about}
 
-    order = permutation(len(labels), _SEED)
+    # The source's order: ELEVATER's probe tunes on the first samples of each class.
+    order = np.arange(len(labels))
     write_shards(arguments.out, order, members, arguments.part, arguments.parts)
     print(f"{len(labels)} images, {len(texts)} classes, from {source.what}")
     print(f"next: python data_prep/verify.py {arguments.out}")

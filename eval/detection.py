@@ -170,8 +170,8 @@ def transfer(
     return cli.Outcome(results, len(training.categories), protocol, None)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def options_parser() -> argparse.ArgumentParser:
+    """Arguments of this command."""
     parser = argparse.ArgumentParser(prog="python -m eval.detection", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN")
@@ -182,7 +182,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images a step, all processes")
     parser.add_argument("--image-size", type=int, default=800, help="short side in pixels")
     parser.add_argument("--workers", type=int, default=2, help="decoding processes per process")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = options_parser().parse_args(argv)
     row = sources.Registry().datasets["coco_detection"]
     accelerator = cli.make_accelerator()
     for folder in args.checkpoint:

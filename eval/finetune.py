@@ -179,14 +179,21 @@ def evaluate(
     yield "finetune", cli.Outcome(measured, len(names), protocol, digest)
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
-    """Command line; `registry` is another datasets.yaml."""
+def options_parser() -> argparse.ArgumentParser:
+    """Arguments beside those of every evaluation."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--epochs", type=int, default=10)
     options.add_argument("--lr", type=float, default=LEARNING_RATE)
     options.add_argument("--head-init", choices=("text", "random"), default="text")
     options.add_argument("--seed", type=int, default=0)
-    args, rest, about = variants.parse("finetune", "Fine-tuning of the image tower.", options, argv)
+    return options
+
+
+def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+    """Command line; `registry` is another datasets.yaml."""
+    args, rest, about = variants.parse(
+        "finetune", "Fine-tuning of the image tower.", options_parser(), argv
+    )
     task = partial(evaluate, args=args)
     variants.run("finetune", "linear_probe", about, task, rest, registry)
 

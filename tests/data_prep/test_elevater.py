@@ -52,6 +52,14 @@ def test_every_source_gives_the_same_bytes_and_labels(
     assert f"next: python data_prep/verify.py {out}" in capsys.readouterr().out
 
 
+def test_samples_keep_the_order_of_the_archive(textures, tmp_path, monkeypatch):
+    as_archive(tmp_path / "in", textures)
+    options = {"set": "dtd", "split": "test", "from": "folder", "root": tmp_path / "in"}
+    found = run(monkeypatch, tmp_path / "out", **options, expected_images=94)
+    files = [json.loads(sample["json"])["source"].rpartition("/")[2] for sample in found]
+    assert files == [file for _, file, _ in textures]
+
+
 def test_the_set_opens_with_the_class_texts(textures, tmp_path, monkeypatch):
     as_class_folders(tmp_path / "in", textures)
     options = {"set": "dtd", "split": "test", "from": "folder", "root": tmp_path / "in"}
