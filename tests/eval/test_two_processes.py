@@ -14,7 +14,6 @@ from eval.features import Extractor
 from loaders import views
 from models import weights
 from tests import multiprocess
-from tests.eval.conftest import write_run
 from tests.eval.test_detection import build, coco, shrink  # noqa: F401  (coco: a fixture)
 from tests.eval.test_finetune import emoji  # noqa: F401  (a fixture)
 
