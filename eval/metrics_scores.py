@@ -66,6 +66,20 @@ class _Ranking:
         )
 
 
+def _rankings(scores: np.ndarray, targets: np.ndarray) -> list[_Ranking]:
+    """Ranking of every class (a column) that has a positive; raises DataError if none has."""
+    found = [_Ranking(s, t) for s, t in zip(scores.T, targets.T, strict=True) if t.any()]
+    if not found:
+        raise DataError("11-point mAP: no class has a positive sample")
+    return found
+
+
+def map_11_point(scores: np.ndarray, targets: np.ndarray) -> float:
+    """The value of `mean_average_precision_11` alone, a fraction."""
+    weights = np.ones(len(scores))
+    return float(np.mean([r.eleven_points(weights) for r in _rankings(scores, targets)]))
+
+
 def mean_average_precision_11(scores: np.ndarray, targets: np.ndarray, seed: int = 0) -> dict:
     """Mean over classes of the 11-point average precision, in percent, with interval and n.
 
@@ -75,10 +89,7 @@ def mean_average_precision_11(scores: np.ndarray, targets: np.ndarray, seed: int
     without a positive are left out. The interval is a percentile bootstrap of 1000 resamples of
     the images. Raises DataError without any positive.
     """
-    rankings = [_Ranking(s, t) for s, t in zip(scores.T, targets.T, strict=True) if t.any()]
-    if not rankings:
-        raise DataError("11-point mAP: no class has a positive sample")
-    n = len(scores)
+    rankings, n = _rankings(scores, targets), len(scores)
 
     def statistic(weights: np.ndarray) -> float:
         found = [ranking.eleven_points(weights) for ranking in rankings]

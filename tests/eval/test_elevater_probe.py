@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval import elevater_metrics, elevater_probe, few_shot, linear_probe
+from eval import elevater_probe, few_shot, linear_probe
 
 CLASSES, WIDTH = 3, 6
 
@@ -136,25 +136,6 @@ def test_few_shot_subsets_are_those_of_vision_datasets():
     assert few_shot.subset(many, 4, 3, 1).tolist() == expected
     expected = [3, 10, 18, 17, 5, 0, 7, 26, 29, 14, 20, 25, 2, 19, 4, 23, 6]
     assert few_shot.subset(many, 4, 5, 0).tolist() == expected
-
-
-def test_eleven_point_precision_by_hand_and_against_its_definition():
-    # Best first: right, wrong, right. Precision 1 up to recall 0.5, then 2/3.
-    got = elevater_metrics.eleven_point_precision(np.array([1, 0, 1]), np.array([0.9, 0.8, 0.1]))
-    assert got == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        targets = generator.random(30) < 0.3
-        targets[0] = True
-        scores = generator.integers(8, size=30) / 8  # ties
-        points = [(1.0, 0.0)]  # the curve's start
-        for threshold in np.unique(scores):
-            taken = scores >= threshold
-            points.append((targets[taken].mean(), targets[taken].sum() / targets.sum()))
-        levels = np.linspace(1, 0, 11)
-        expected = np.mean([max(p for p, r in points if r >= level) for level in levels])
-        got = elevater_metrics.eleven_point_precision(targets, scores)
-        assert got == pytest.approx(expected)
 
 
 def test_command_writes_both_epochs_and_the_mean_over_seeds(world, tmp_path):
