@@ -6,11 +6,14 @@ micro-batch is then encoded again with a graph and sent back with its cached gra
 GradCache, arXiv 2101.06983). The update equals that of one large batch. Two details decide it:
 DeepSpeed must not divide by K (`scale_wrt_gas=False`), and the second encoding must see the same
 random numbers, here because they are a function of (seed, step, rank, micro-batch).
+
+The first micro-batches keep their graphs, as many as a budget holds, and are not encoded again:
+with k of K kept, K - k forward passes are repeated.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +31,13 @@ class Stepper:
         engine: the DeepSpeed engine; its accumulation steps are the number of micro-batches.
         gather: the ranks that share the global batch.
         seed: of the run; random numbers of a step depend on it, the step, rank and micro-batch.
+        graph_bytes: memory of a rank for the graphs of micro-batches that are not encoded again.
     """
 
-    def __init__(self, engine, gather: Gather, seed: int):
+    def __init__(self, engine, gather: Gather, seed: int, graph_bytes: int = 0):
         self.engine, self.gather, self.seed = engine, gather, seed
+        self.graph_bytes = graph_bytes
+        self.kept: int | None = None  # graphs to keep; decided by the first micro-batch
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One update.
@@ -58,23 +64,43 @@ class Stepper:
         return out
 
     def _cached(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        features = []
-        with torch.no_grad(), frozen_statistics(self.engine.module):
-            for number, batch in enumerate(micro_batches):
-                self._seed(step, number)
-                features.append(self.engine(batch))
+        encoded = [self._encode_first(step, n, micro_batches) for n in range(len(micro_batches))]
+        features = [{key: value.detach() for key, value in item.items()} for item in encoded]
         out, gradients, of_parameters = self._loss_gradients(features, micro_batches)
         for number, batch in enumerate(micro_batches):
-            self._seed(step, number)
-            encoded = self.engine(batch)
-            surrogate = sum(
-                (encoded[key] * grads[number]).sum() for key, grads in gradients.items()
-            )
+            again, encoded[number] = encoded[number], None  # its graph goes with its backward
+            if number >= self.kept:
+                self._seed(step, number)
+                again = self.engine(batch)
+            surrogate = sum((again[key] * grads[number]).sum() for key, grads in gradients.items())
             if number == 0:  # parameters used by the loss itself belong to one micro-batch only
                 surrogate = surrogate + sum((p * grad).sum() for p, grad in of_parameters)
             self.engine.backward(surrogate, scale_wrt_gas=False)
             self.engine.step()
+            del again, surrogate
         return out
+
+    def _encode_first(self, step: int, number: int, micro_batches: Sequence[Batch]) -> Features:
+        """Features of a micro-batch, with their graph if it is one of those that are kept."""
+        self._seed(step, number)
+        batch = micro_batches[number]
+        if self.kept is None:
+            with frozen_statistics(self.engine.module):
+                self.kept = self._affordable(batch, len(micro_batches))
+            self._seed(step, number)
+        if number < self.kept:
+            return self.engine(batch)
+        with torch.no_grad(), frozen_statistics(self.engine.module):
+            return self.engine(batch)
+
+    def _affordable(self, batch: Batch, pieces: int) -> int:
+        """How many of `pieces` graphs the budget holds; ranks agree on the smallest number."""
+        if not self.graph_bytes:
+            return 0
+        size = saved_bytes(lambda: self.engine(batch), self.engine.module)
+        mine = min(pieces, self.graph_bytes // max(size, 1))
+        device = batch["label"].device
+        return pieces - int(self.gather.max_(torch.tensor([pieces - mine], device=device)))
 
     def _loss_gradients(self, features: list[Features], micro_batches: Sequence[Batch]):
         """Loss on all features; its gradient by feature and micro-batch, and by parameter."""
@@ -110,9 +136,29 @@ def total_loss(out: dict[str, Tensor]) -> Tensor:
     return sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
 
 
+def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:
+    """Bytes that the graph of `run()` holds for its backward pass, without weights; each storage
+    counts once."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: dict[int, int] = {}
+    held = []  # keeps every storage alive until the end, so that no address comes twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(seen.values())
+
+
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics of batch norms as they are: the first encoding must not count."""
+    """Keep running statistics of batch norms as they are during one forward pass that another one
+    repeats."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -54,7 +54,7 @@ class Method(nn.Module):
             of any feature (see gradient caching in engine/step.py).
         """
         image = model.encode_image(batch["image"][:, 0])["feature"]
-        text = model.encode_text(batch["text"][:, 0])["feature"]
+        text = text_features(model, batch["text"][:, 0])
         return {"image": image, "text": text, "scale": model.scale().expand(len(image))}
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
@@ -77,6 +77,24 @@ class Method(nn.Module):
 
     def step_end(self) -> None:
         """Called once after each optimizer step (queues, momentum encoders)."""
+
+
+def text_features(model: nn.Module, ids: Tensor) -> Tensor:
+    """`model.encode_text(ids)["feature"]`, equal texts encoded once unless the tower has dropout.
+
+    Image-label samples of one class and template have equal texts, and so equal features, whose
+    gradients add up.
+
+    Args:
+        ids: (b, L) int64 token ids.
+
+    Returns:
+        (b, D) of unit length.
+    """
+    if model.training and model.text.has_dropout:  # equal texts get masks of their own
+        return model.encode_text(ids)["feature"]
+    distinct, index = torch.unique(ids, dim=0, return_inverse=True)
+    return model.encode_text(distinct)["feature"][index]
 
 
 def read_config(kind: type, values: dict[str, Any], where: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losses import cross_entropy
 from losses._core import contrast
 from losses._gather import Gather
-from losses._method import Features, zero_like_graph
+from losses._method import Features, text_features, zero_like_graph
 
 
 class Method(cross_entropy.Method):
@@ -25,7 +25,7 @@ class Method(cross_entropy.Method):
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         image = model.encode_image(batch["image"][:, 0])
-        text = model.encode_text(batch["text"][:, 0])["feature"]
+        text = text_features(model, batch["text"][:, 0])
         return {
             "logits": self.head(image["pooled"].to(self.head.weight.dtype)),
             "image": image["feature"],

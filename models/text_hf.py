@@ -58,6 +58,8 @@ class HuggingFaceTower(nn.Module):
         self.pad_id = config.pad_token_id
         self.pooling = cfg.pooling
         self.width = config.hidden_size
+        rates = [v for k, v in config.to_dict().items() if "dropout" in k or "drop_rate" in k]
+        self.has_dropout = any(isinstance(rate, float | int) and rate > 0 for rate in rates)
         self.encoder = _encoder(cfg, config)
         # BERT-like models carry a tanh pooler that nothing here reads: it would never get a
         # gradient, which ZeRO and unused-parameter checks both complain about.

@@ -37,6 +37,8 @@ class TransformerTower(nn.Module):
     model/text_encoder/transformer.py (12 layers, width 512, 8 heads, context 77).
     """
 
+    has_dropout = False
+
     def __init__(self, cfg: TextConfig) -> None:
         super().__init__()
         self.width = cfg.width

@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine import optim
-from engine.step import Stepper
+import losses
+import models
+from engine import ds, optim
+from engine.step import Stepper, saved_bytes
 from losses._gather import Gather
 from tests import multiprocess
 from tests.engine import tiny
 from tests.losses import dense
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def plain_torch(steps=3, size=12):
@@ -32,13 +36,16 @@ def plain_torch(steps=3, size=12):
 
 def all_cases(rank, world_size):
     cases = [(0, 1), (0, 3), (1, 1), (1, 3), (2, 1), (2, 3), (3, 1)]
-    return {f"zero{s} x{k}": tiny.train(rank, world_size, s, k) for s, k in cases}
+    found = {f"zero{s} x{k}": tiny.train(rank, world_size, s, k) for s, k in cases}
+    # Graphs of two of three micro-batches are alive at once.
+    kept = {f"zero{s} kept": tiny.train(rank, world_size, s, 3, kept=2) for s in (0, 1, 2)}
+    return found | kept
 
 
 def test_two_ranks_any_stage_any_accumulation_equal_plain_torch():
     values, expected = plain_torch()
     first, second = multiprocess.run(all_cases, 2)
-    assert len(first) == 7
+    assert len(first) == 10
     for case in first:
         mean = np.mean([first[case]["losses"], second[case]["losses"]], axis=0)
         np.testing.assert_allclose(mean, values, rtol=2e-5, err_msg=case)
@@ -70,12 +77,16 @@ class Graph(torch.nn.Module):
         pass
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
 @pytest.mark.parametrize("name", ["unicl", "supcon", "multitask", "cross_entropy", "clip"])
-def test_cached_gradients_replay_drop_path(name):
+def test_cached_gradients_replay_drop_path(name, kept):
     """K = 3 with drop path 0.5: cached gradients equal those of one graph with the same noise."""
     cached = tiny.build(name, drop_path=0.5)
     pieces = [tiny.cut(tiny.make_batch(0, 12), part, 3) for part in range(3)]
-    Stepper(Graph(cached), Gather(), seed=3)(0, pieces)
+    graph = saved_bytes(lambda: cached(pieces[0]), cached)
+    stepper = Stepper(Graph(cached), Gather(), seed=3, graph_bytes=int((kept + 0.5) * graph))
+    stepper(0, pieces)
+    assert stepper.kept == kept
 
     whole = tiny.build(name, drop_path=0.5)
     stepper = Stepper(Graph(whole), Gather(), seed=3)
@@ -95,6 +106,31 @@ def test_cached_gradients_replay_drop_path(name):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=key)
         compared += 1
     assert compared > 5
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3])
+def test_batch_norms_count_each_micro_batch_once_and_in_order(kept):
+    text = {"width": 16, "layers": 1, "heads": 2, "context_length": 12}
+    image = {"name": "resnet10t", "size": 32, "kwargs": {}}
+    config = {"image": image, "text": text, "embed_dim": 8}
+    pieces = [tiny.cut(tiny.make_batch(0, 12), part, 3) for part in range(3)]
+    states = []
+    for cached in (True, False):
+        torch.manual_seed(5)
+        method = losses.build("unicl", {}, tiny.DIMS)
+        module = ds.TrainModule(models.build(config), method).train()
+        if cached:
+            stepper = Stepper(Graph(module), Gather(), seed=3, graph_bytes=1)
+            stepper.kept = kept
+            stepper(0, pieces)
+        else:
+            with torch.no_grad():
+                for piece in pieces:
+                    module(piece)
+        states.append({k: v for k, v in module.state_dict().items() if k.split(".")[-1] in BUFFERS})
+    assert len(states[0]) > 20
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-6, atol=0, msg=name)
 
 
 def one_bf16_step(rank, world_size):

@@ -47,8 +47,9 @@ OPTIM = OptimConfig(lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.1)
 
 
 def train(
-    rank, world_size, stage, pieces, name="unicl", steps=3, size=12, bf16=False, drop_path=0.0
-):
+    rank, world_size, stage, pieces, name="unicl", steps=3, size=12, bf16=False, drop_path=0.0,
+    kept=0,
+):  # fmt: skip
     """Weights after `steps` steps of the engine on this rank's share of each batch."""
     module = build(name, drop_path)
     optimizer = optim.build(module.model, module.method, OPTIM)
@@ -63,6 +64,7 @@ def train(
     }
     engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
     stepper = Stepper(engine, Gather(), seed=3)
+    stepper.kept = kept
     losses_seen = []
     for step in range(steps):
         mine = cut(make_batch(step, size), rank, world_size)
