@@ -69,6 +69,11 @@ lines_of() { grep -vE '^[[:space:]]*(#|$)' "$1"; }
   submit train $UNICL_TRAIN slurm/train.sbatch "$config" "output_dir=$RUN" "${overrides[@]}"
   submit evaluate $UNICL_EVALUATE --array="1-$(lines_of "$evaluate" | wc -l)" \
     slurm/eval_array.sbatch "$evaluate"
-  submit tables $UNICL_TABLES --job-name=tables --open-mode=append --wrap "source slurm/env.sh &&
-    python -m eval.tables \"\$RUN/results\" --format md --output \"\$RUN/results/table.md\""
+  submit tables --job-name=tables --output=%x_%j.out $UNICL_TABLES <<'END'
+#!/usr/bin/env bash
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+source slurm/env.sh
+python -m eval.tables "$RUN/results" --format md --output "$RUN/results/table.md"
+END
 }

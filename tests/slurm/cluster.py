@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.slurm.packages import SEARCH
+
 ROOT = Path(__file__).parent.parent.parent
 NODES = ("n1", "n2", "n3")
-SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it whether an installed service may start
 
 CONFIGURATION = """\
 ClusterName=test
@@ -59,37 +59,6 @@ GresTypes=gpu
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60
 """
-
-
-def missing_programs() -> list[str]:
-    """Names of SLURM's and munge's programs that are not there."""
-    names = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-    return [name for name in names if shutil.which(name, path=SEARCH) is None]
-
-
-def install() -> str | None:
-    """Install Debian's packages where they are missing; why that cannot be done, or None."""
-    if not missing_programs():
-        return None
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return f"no {', '.join(missing_programs())}, and only root on Debian can install them"
-    ours = not POLICY.exists()
-    if ours:
-        POLICY.write_text("#!/bin/sh\nexit 101\n")  # the packages start no daemon of their own
-        POLICY.chmod(0o755)
-    try:
-        packages = ("slurmctld", "slurmd", "slurm-client", "munge")
-        for arguments in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
-            done = subprocess.run(
-                ["apt-get", "-q", *arguments], capture_output=True, text=True, check=False,
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, timeout=300,
-            )  # fmt: skip
-            if done.returncode != 0:
-                return f"apt-get {arguments[0]}: {(done.stderr or done.stdout).strip()[-500:]}"
-    finally:
-        if ours:
-            POLICY.unlink()
-    return None
 
 
 class Cluster:
@@ -176,13 +145,13 @@ class Cluster:
         return found
 
     def tasks(self, job: str) -> list[psutil.Process]:
-        """The ranks of a training job: every `train.py` that `srun` started."""
+        """The ranks of a training job: the Python processes that a step daemon started."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                facts = process.environ()
-                rank = facts.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in facts
-                if rank and process.parent().name() == "slurmstepd" and "srun" not in process.name():
+                mine = process.environ().get("SLURM_JOB_ID") == job
+                python = process.name().startswith("python")
+                if mine and python and process.parent().name() == "slurmstepd":
                     found.append(process)
         return found
 

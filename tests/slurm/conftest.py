@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, install
+from tests.slurm.cluster import Cluster
+from tests.slurm.packages import install
 
 
 @pytest.fixture(scope="session")

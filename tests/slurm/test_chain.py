@@ -1,6 +1,12 @@
 """slurm/chain.sh, slurm/eval_array.sbatch and slurm/data_prep.sbatch under a real SLURM."""
 
+import re
+import subprocess
+import sys
+
 import pytest
+
+from tests.slurm.cluster import ROOT
 
 
 def chain(cluster, folder, *arguments, **options):
@@ -35,10 +41,12 @@ def test_chain_from_shards_to_the_table(cluster, tmp_path):
     assert "2 tasks on n1, 2 GPUs per node" in outputs(tmp_path)
     assert len(cluster.jobs(jobs[0][1])) == len(cluster.jobs(jobs[3][1])) == 2
     table = (tmp_path / "run/results/table.md").read_text()
-    rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert "unicl" in table
-    assert len(rows) > 2
-    print(table)
+    for measure in (
+        ("emoji_twemoji", "zero-shot top-1"),
+        ("openclipart_captions", "image→text R@1 "),
+    ):
+        row = next(line for line in table.splitlines() if all(word in line for word in measure))
+        assert re.search(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", row), table
 
 
 def test_a_failed_stage_takes_the_rest_out_of_the_queue(cluster, tmp_path):
@@ -74,3 +82,32 @@ def test_an_array_with_gaps_is_refused(cluster, tmp_path):
         "--array=1,3", "--output=/dev/null", "slurm/eval_array.sbatch", f"{tmp_path}/commands.txt"
     )
     assert cluster.finished(job) == {"FAILED"}
+
+
+def test_a_preempted_command_runs_again(cluster, tmp_path):
+    """TERM ends a command that does not catch it, before the grace time of the job is over."""
+    (tmp_path / "commands.txt").write_text(f"echo begun >> {tmp_path}/log; exec sleep 300\n")
+    job = cluster.submit(
+        "--partition=low", "--exclusive", "--nodes=3", f"--output={tmp_path}/out",
+        "slurm/eval_array.sbatch", f"{tmp_path}/commands.txt",
+    )  # fmt: skip
+    cluster.wait((tmp_path / "log").exists, "the command to begin")
+    cluster.submit("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
+    cluster.start_now(job)
+    cluster.wait(lambda: (tmp_path / "log").read_text() == "begun\n" * 3 * 2, "its second start")
+    assert "requeued job" in (tmp_path / "out").read_text()
+    cluster.run("scancel", job)
+    assert cluster.finished(job) == {"CANCELLED"}
+
+
+def test_a_refused_requeue_is_an_error(cluster):
+    """Else the job would end COMPLETED, and the next of the chain would take an unfinished run."""
+    code = "from engine.signals import requeue; from loaders.errors import run_cli; "
+    code += "run_cli(lambda: print(requeue('SIGUSR1')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**cluster.environment, "SLURM_JOB_ID": "999999"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "could not be put back into the queue" in done.stderr
+    assert "Invalid job id" in done.stderr
