@@ -214,7 +214,7 @@ class Cluster:
         """States of all tasks of a job."""
         return {record["JobState"] for record in self.jobs(job)}
 
-    def wait(self, condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Wait for a condition; RuntimeError with all logs when it does not come."""
         deadline = time.monotonic() + seconds
         while not condition():
