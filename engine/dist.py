@@ -45,7 +45,7 @@ def map_environment(env: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in env:
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
         if in_step and nodes:
-            env["MASTER_ADDR"] = first_host(nodes)
+            env["MASTER_ADDR"] = address(first_host(nodes))
         elif env["WORLD_SIZE"] == "1":
             env["MASTER_ADDR"] = "127.0.0.1"
         else:
@@ -74,6 +74,27 @@ def first_host(nodes: str) -> str:
     except (OSError, subprocess.CalledProcessError, IndexError):
         head = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
         return head.group(1) + (head.group(2) or "")
+
+
+def address(host: str) -> str:
+    """What other nodes reach a SLURM node by: its name, or where that does not resolve, as on
+    cloud or virtual nodes, the `NodeAddr` that SLURM itself uses.
+
+    The name comes first because asking the controller from every rank of a large job is slow.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        pass
+    try:
+        answer = subprocess.run(
+            ["scontrol", "show", "node", "-o", host], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return host
+    found = re.search(r"\bNodeAddr=(\S+)", answer.stdout)
+    return found.group(1) if found else host
 
 
 def free_port() -> int:

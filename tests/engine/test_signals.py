@@ -1,6 +1,8 @@
 """When a stopped SLURM job goes back into the queue."""
 
-from engine.signals import preempted
+import pytest
+
+from engine.signals import preempted, settle
 
 # Lines of `scontrol show job -o` of SLURM 22.05, shortened to the fields around those that count.
 RUNNING = (
@@ -18,3 +20,18 @@ def test_a_cancelled_or_undisturbed_job_is_not_preempted():
     cancelled = RUNNING.format("2026-11-21T07:05:00").replace("=RUNNING", "=CANCELLED")
     assert not preempted(cancelled)
     assert not preempted("slurm_load_jobs error: Invalid job id specified")
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5])
+def test_what_the_program_refused_is_not_tried_again(code):
+    assert settle(code) == f"exit code {code}: the same again would not help"
+
+
+def test_a_warning_during_start_asks_for_more_time():
+    """Requeued, the job would be warned again, for ever."""
+    assert "longer --time" in settle(128 + 10)
+
+
+def test_term_outside_slurm_says_how_to_continue(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "the same command continues" in settle(128 + 15)
