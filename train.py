@@ -2,7 +2,7 @@
 
     deepspeed train.py --config configs/quickstart_unicl.yaml
     torchrun --nproc_per_node 2 train.py --config configs/quickstart_unicl.yaml optim.lr=1e-3
-    sbatch --nodes 4 slurm/train.sbatch configs/unicl_swin_tiny_in21k_yfcc14m.yaml
+    sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 slurm/train.sbatch configs/NAME.yaml
 
 The same --output-dir continues a run that was stopped. Exit codes: 0 done, 2 wrong usage or
 configuration, 3 data or setup refused, 4 non-finite loss, 5 too many bad samples.

@@ -1,5 +1,6 @@
 """Result rows: one JSON object per number, in files that are replaced as a whole."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from eval.sources import REPOSITORY, EvalDataset
 from loaders.errors import DataError
 from models.weights import LoadedRun
+
+LOCK = ".rows.lock"  # held while a file of the folder is rewritten
 
 
 def prompt_digest(texts: list[str], templates: list[str]) -> str:
@@ -103,7 +106,8 @@ def write_rows(folder: Path, rows: list[dict]) -> Path:
     """Put `rows` into FOLDER/<run>_<task>.jsonl by atomic rename and return its path.
 
     Rows there with the same run, checkpoint hash, data set, task and prompts are replaced. Those
-    of other prompts stay beside them: the two protocols of ImageNet are two results.
+    of other prompts stay beside them: the two protocols of ImageNet are two results. Commands that
+    run at the same time, as tasks of an array do, wait for one another.
     """
     path = folder / f"{rows[0]['run']}_{rows[0]['task']}.jsonl"
 
@@ -112,10 +116,12 @@ def write_rows(folder: Path, rows: list[dict]) -> Path:
         return tuple(row[name] for name in names)
 
     replaced = {key(row) for row in rows}
-    kept = [r for r in read_rows(path) if key(r) not in replaced] if path.exists() else []
     folder.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_suffix(f".{os.getpid()}.tmp")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
-    partial_file.write_text(text, encoding="utf-8")
-    os.replace(partial_file, path)
+    with open(folder / LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = [r for r in read_rows(path) if key(r) not in replaced] if path.exists() else []
+        partial_file = path.with_suffix(f".{os.getpid()}.tmp")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
+        partial_file.write_text(text, encoding="utf-8")
+        os.replace(partial_file, path)
     return path
