@@ -1,8 +1,9 @@
 """Guard against losses, gradients and weights that are NaN or infinite.
 
 Each step leaves a flag on the device that travels with the logged loss. A checkpoint is saved only
-if no step of its window was flagged and all that would be saved is finite, so the last good
-checkpoint stays good. What made the first bad step is dumped, so that it can be run again.
+if no step of its window was flagged, and if all that would be saved is finite and gives finite
+features: the last good checkpoint stays good. What made the first bad step is dumped, so that it
+can be run again.
 """
 
 import json
@@ -14,9 +15,9 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from engine import checkpoint, dist
+from engine import checkpoint, dist, ds
 from engine.build import Plan
-from engine.step import Batch
+from engine.step import Batch, frozen_statistics
 from loaders.batch import TripletDataset, collate
 from loaders.errors import NonFiniteLoss
 
@@ -49,6 +50,7 @@ class FiniteGuard:
         # Where dynamic loss scaling ends to back off; DeepSpeed's default.
         self.min_scale = plan.deepspeed.get("fp16", {}).get("min_loss_scale", 1)
         self.steps: list[Step] = []
+        self.batch: Batch = {}
         self.bad_windows = 0
         # Masks of a text tower hold -inf on purpose.
         saved = engine.module.state_dict().keys()
@@ -68,6 +70,7 @@ class FiniteGuard:
         flag = ~loss.isfinite()
         if norm is not None and not self._backing_off():
             flag = flag | ~norm.isfinite()
+        self.batch = micro_batches[-1]
         uids = torch.cat([batch["uid"] for batch in micro_batches])
         self.steps.append(Step(step, flag, loss, norm, uids, out.get("sample_loss")))
         return flag
@@ -111,13 +114,23 @@ class FiniteGuard:
     def may_save(self) -> bool:
         """Whether a checkpoint may be written now; collective.
 
+        The last update may have made weights so large that they are finite and their features are
+        not: the last micro-batch is encoded once more.
+
         Raises:
             NonFiniteLoss: the weights or the optimizer's state are ruined.
         """
         worst = self._worst()
         if worst == RUINED:
             self.abort("weights or optimizer state are not finite")
-        return worst == CLEAN
+        return worst == CLEAN and not dist.max_over_ranks(not self._usable(), self.device)
+
+    @torch.no_grad()
+    def _usable(self) -> bool:
+        with frozen_statistics(self.engine.module):
+            features = self.engine(self.batch)
+        usable = math.isfinite(ds.scale(self.engine))
+        return all_finite(iter(features.values()), self.device) and usable
 
     def abort(self, why: str) -> NoReturn:
         """Dump the first bad step on all ranks and end the run; collective."""

@@ -84,6 +84,7 @@ class Trainer:
             self.watch.stop(f"{type(reason).__name__}: {str(reason)[:300]}")
             self.log.note(f"error: {reason}")
             self.log.close(failed=True)
+            self.notes.end_workers()
             if reason is error:
                 raise
             raise reason from error

@@ -298,7 +298,7 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def _start_worker(_: int, notes: ReadingNotes) -> None:
+def _start_worker(worker: int, notes: ReadingNotes) -> None:
     """Workers leave signals that go to the whole job to the trainer, and use one core each.
 
     SLURM sends TERM and USR1 to every process of a step: a worker that died of it would break
@@ -308,4 +308,5 @@ def _start_worker(_: int, notes: ReadingNotes) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    notes.start(worker)
     torch.utils.data.get_worker_info().dataset.notes = notes

@@ -26,6 +26,10 @@ class ReadingNotes:
         # pid, source, index in the source, milliseconds of the system's monotonic clock
         self.table = torch.full((workers, 4), NOTHING, dtype=torch.int64).share_memory_()
 
+    def start(self, worker: int) -> None:
+        """Within a worker that starts."""
+        self.table[worker, 0] = os.getpid()
+
     @contextmanager
     def reading(self, source: int, index: int) -> Iterator[None]:
         """Within a worker: note the sample, and cross it out when it is done."""
@@ -43,8 +47,6 @@ class ReadingNotes:
     def explain(self, error: RuntimeError, sources: Sequence[ShardSet]) -> DataError | None:
         """What to tell when `error` is about a worker that was killed or that gives no batch.
 
-        A worker that hangs is killed, or this process could not end.
-
         Args:
             error: raised by the loader; or by torch's signal handler, at any place of the
                 trainer, when a worker dies. sources: as the dataset has them.
@@ -60,7 +62,6 @@ class ReadingNotes:
         ]
         words = "; ".join(_describe(row, sources, late) for row in chosen)
         if late:
-            self._kill(alive)
             advice = (
                 "Read that shard by hand: a file system that does not answer, or an image on "
                 "which the decoder hangs (leave the shard out, or write it without that sample)"
@@ -73,11 +74,15 @@ class ReadingNotes:
             )
         return DataError(f"{text.rstrip('.')}. {words or 'No worker noted a sample'}. {advice}")
 
-    def _kill(self, alive: set[int]) -> None:
-        """End workers that would outlive TERM, which they ignore."""
-        # torch's handler would raise here for each of them.
+    def end_workers(self) -> None:
+        """Kill the workers that are left, in the main thread, when this process ends by an error.
+
+        They ignore TERM, so one that the loader did not stop in order would be waited for at the
+        exit of the interpreter, for ever.
+        """
+        # torch's handler would raise an error for each of them.
         before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        mine = alive & set(self.table[:, 0].tolist())
+        mine = set(self.table[:, 0].tolist())
         for process in multiprocessing.active_children():
             if process.pid in mine:
                 process.kill()
