@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -55,11 +56,12 @@ class ReadingNotes:
         late = "DataLoader timed out" in text
         if not late and not ("DataLoader worker" in text and "pid" in text):
             return None
-        alive = {process.pid for process in multiprocessing.active_children()}
-        rows = [row for row in self.table.tolist() if row[0] != NOTHING]
-        chosen = [
-            row for row in rows if late == (row[0] in alive) and (row[1] != NOTHING or not late)
-        ]
+        noted = [row for row in self.table.tolist() if row[0] != NOTHING]
+        if late:
+            chosen = [row for row in noted if row[1] != NOTHING]
+        else:  # the loader may have ended the others meanwhile, so torch's word counts
+            pids = [int(number) for number in re.findall(r"\d+", text.split("pid", 1)[1])]
+            chosen = [row for row in noted if row[0] in pids]
         words = "; ".join(_describe(row, sources, late) for row in chosen)
         if late:
             advice = (
@@ -72,7 +74,7 @@ class ReadingNotes:
                 "job more memory per task; a crash at the same sample again means that the "
                 "decoder cannot take it: leave it out"
             )
-        return DataError(f"{text.rstrip('.')}. {words or 'No worker noted a sample'}. {advice}")
+        return DataError(f"{text.rstrip('. ')}. {words or 'No worker noted a sample'}. {advice}")
 
     def end_workers(self) -> None:
         """Kill the workers that are left, in the main thread, when this process ends by an error.

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -295,6 +296,28 @@ def test_a_data_worker_that_dies_or_hangs_is_named_with_its_sample(deed, words):
     advice = "leave the shard out" if deed is hung else "fewer data.workers"
     assert advice in str(error)
     assert notes.explain(RuntimeError("CUDA out of memory"), dataset.sources) is None
+
+
+def test_a_training_whose_data_worker_is_killed_ends_with_its_sample(tmp_path):
+    """Whatever the trainer does when the kernel takes a worker, it ends by itself, with code 3."""
+    run = subprocess.Popen(
+        [sys.executable, "train.py", "--config", CONFIG, "--output-dir", str(tmp_path),
+         "train.steps=100000", "data.workers=2"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_lines(tmp_path / "metrics.jsonl", 2, run)
+    workers = [
+        child for child in psutil.Process(run.pid).children() if "train.py" in child.cmdline()
+    ]
+    assert len(workers) == 2
+    workers[1].kill()
+    text = run.communicate(timeout=100)[0]
+    assert run.returncode == 3, text
+    last = text.splitlines()[-1]
+    assert last.startswith(f"error: DataLoader worker (pid {workers[1].pid}) is killed by signal")
+    assert f"Worker {workers[1].pid} was " in last
+    assert f"Worker {workers[0].pid}" not in last
+    assert last in (tmp_path / "log.txt").read_text()
 
 
 def test_a_sample_whose_decoding_fails_is_named():
