@@ -27,13 +27,13 @@ Features = dict[str, torch.Tensor]
 def rank_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
     """Sample indices of every batch of `rank`: batch j of the data set goes to rank j mod W.
 
-    All batches are full and all ranks have equally many: the end is padded with the last sample.
-    So the composition and shape of a batch do not depend on W, nor do its features, to the bit.
+    All ranks have equally many; one without a batch in the last round gets the last sample alone,
+    and its features are to be dropped. So the composition and shape of a batch of the data set do
+    not depend on W, nor do its features, to the bit.
     """
-    rounds = -(-n // (batch_size * world_size))
-    padded = [min(i, n - 1) for i in range(rounds * batch_size * world_size)]
-    starts = range(rank * batch_size, len(padded), batch_size * world_size)
-    return [padded[start : start + batch_size] for start in starts]
+    stride = batch_size * world_size
+    starts = range(rank * batch_size, -(-n // stride) * stride, stride)
+    return [list(range(start, min(start + batch_size, n))) or [n - 1] for start in starts]
 
 
 @torch.inference_mode()
@@ -62,8 +62,10 @@ def encode(
     for batch in tqdm(loader, desc=title, unit="batch", disable=not accelerator.is_main_process):
         output = encode_batch(batch.to(accelerator.device, non_blocking=True))
         for name, kept in parts.items():
-            # One round of all ranks is one contiguous stretch of the data set.
-            gathered = accelerator.gather(output[name].float().contiguous())
+            # One round of all ranks is one contiguous stretch of the data set. Ranks must gather
+            # equal shapes; rows that only fill up come after the last sample.
+            missing = batch_size - len(output[name])
+            gathered = accelerator.gather(F.pad(output[name].float(), (0, 0, 0, missing)))
             if accelerator.is_main_process:
                 kept.append(gathered.cpu())
     if not accelerator.is_main_process:

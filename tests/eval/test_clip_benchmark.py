@@ -1,13 +1,24 @@
-"""The same model and data through CLIP_benchmark's own reader and metrics: equal to four digits."""
+"""The same model and data through CLIP_benchmark's own reader and metrics: equal to four digits.
 
+Two models on its side: ours wrapped, and our open_clip export as open_clip loads it, with the
+transform and the tokenizer that open_clip makes for it.
+"""
+
+import io
 import json
 
 import numpy as np
+import open_clip
 import pytest
 import yaml
+from clip_benchmark.datasets import builder
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.models import load_clip
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
+from torch.utils.data import DataLoader
 
+from engine.export import export
 from eval import retrieval, zero_shot
 from models import weights
 from tests.eval import peers
@@ -15,7 +26,8 @@ from tests.eval.conftest import drawing
 from tests.eval.test_sources_kinds import write_tar
 
 COMMON = {"source": "auto", "labelled_only": False, "resize_ratio": 1.0, "optional": True}
-COMMON |= {"obtain": "-", "splits": {"test": {"samples": 40}}}
+COUNT = 120
+COMMON |= {"obtain": "-", "splits": {"test": {"samples": COUNT}}}
 
 
 def run(task, module, world, root, row):
@@ -29,20 +41,53 @@ def run(task, module, world, root, row):
     return {row["metric"]: row["value"] for row in map(json.loads, lines)}
 
 
-def test_zero_shot_equals_clip_benchmark(world, tmp_path):
+def picture(label, random):
+    """A drawing, enlarged to a picture whose sides differ from each other and from the crop."""
+    image = Image.open(io.BytesIO(drawing(label, random)))
+    width, height = random.integers(40, 70, size=2).tolist()
+    out = io.BytesIO()
+    image.resize((width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def exported(world, tmp_path_factory):
+    """open_clip's name of the exported run."""
+    folder = tmp_path_factory.mktemp("export") / "open_clip"
+    export(world / "runs/tiny", "open_clip", folder)
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(params=["wrapped", "exported"])
+def peer(request, world, exported):
+    """(model, tokenizer, function from a folder and a collation to a loader)."""
+    if request.param == "wrapped":
+        model = peers.Peer(weights.load(world / "runs/tiny").model)
+        return model, peers.tokenizer(), peers.open_webdataset
+    model, transform, tokenizer = load_clip("open_clip", exported, None, None, "cpu")
+    assert type(model) is open_clip.CustomTextCLIP
+
+    def open_webdataset(root, collate=None):
+        data = builder.build_wds_dataset("toy", transform, data_dir=str(root))
+        return DataLoader(data, batch_size=8, collate_fn=collate)
+
+    return model.eval(), tokenizer, open_webdataset
+
+
+def test_zero_shot_equals_clip_benchmark(peer, world, tmp_path):
     random = np.random.default_rng(1)
-    labels = random.integers(6, size=40)
-    samples = [{"png": drawing(int(c) % 3, random), "cls": int(c)} for c in labels]
+    labels = random.integers(6, size=COUNT)
+    samples = [{"png": picture(int(c) % 3, random), "cls": int(c)} for c in labels]
     write_tar(tmp_path / "toy/test/0.tar", samples)
     (tmp_path / "toy/test/nshards.txt").write_text("1")
     names = ["circle", "square", "cross", "planet", "grey cat", "Sea, deep"]
     (tmp_path / "toy/classnames.txt").write_text("\n".join(names))
     templates = "a photo of a {c}.\nmany {c}\n{c}"
     (tmp_path / "toy/zeroshot_classification_templates.txt").write_text(templates)
-    loader = peers.open_webdataset(tmp_path / "toy")
-    model = peers.Peer(weights.load(world / "runs/tiny").model)
+    model, tokenizer, open_webdataset = peer
+    loader = open_webdataset(tmp_path / "toy")
     classifier = zeroshot_classification.zero_shot_classifier(
-        model, peers.tokenizer(), names, templates.split("\n"), "cpu", amp=False
+        model, tokenizer, names, templates.split("\n"), "cpu", amp=False
     )
     # Its `accuracy` raises under NumPy 2.4; what it does with the logits is counted here.
     logits, target = zeroshot_classification.run_classification(
@@ -61,26 +106,26 @@ def test_zero_shot_equals_clip_benchmark(world, tmp_path):
     assert 0 < ours["top1"] < ours["top5"] < 100
 
 
-def test_retrieval_equals_clip_benchmark(world, tmp_path):
+def test_retrieval_equals_clip_benchmark(peer, world, tmp_path):
     random = np.random.default_rng(2)
     words = ["circle", "square", "cross", "red", "blue", "big", "small", "paper", "round", "two"]
     samples = [
         {
-            "png": drawing(i % 3, random),
+            "png": picture(i % 3, random),
             "txt": "\n".join(
                 f"{' '.join(random.choice(words, 4))} {i} {j}" for j in range(5 + i % 2)
             ),
         }
-        for i in range(40)
+        for i in range(COUNT)
     ]
     write_tar(tmp_path / "toy/test/0.tar", samples)
     (tmp_path / "toy/test/nshards.txt").write_text("1")
     (tmp_path / "toy/dataset_type.txt").write_text("retrieval")
-    model = peers.Peer(weights.load(world / "runs/tiny").model)
+    model, tokenizer, open_webdataset = peer
     theirs = zeroshot_retrieval.evaluate(
         model,
-        peers.open_webdataset(tmp_path / "toy", peers.pairs),
-        peers.tokenizer(),
+        open_webdataset(tmp_path / "toy", peers.pairs),
+        tokenizer,
         "cpu",
         amp=False,
         recall_k_list=[1, 5, 10],
