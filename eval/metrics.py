@@ -51,9 +51,12 @@ def positive_ranks(
 
     transposed = candidates.double().T
     ranks = np.empty(n, dtype=np.int64)
+    # One buffer: a new product would stand beside the one before it.
+    buffer = transposed.new_empty(min(chunk, n), m)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        scores = queries[start:stop].double() @ transposed
+        scores = buffer[: stop - start]
+        torch.mm(queries[start:stop].double(), transposed, out=scores)
         first, last = np.searchsorted(pair_query, [start, stop])
         rows = torch.from_numpy(pair_query[first:last] - start)
         own = scores[rows, torch.from_numpy(pair_candidate[first:last])]
