@@ -62,7 +62,8 @@ def positive_ranks(
         own = scores[rows, torch.from_numpy(pair_candidate[first:last])]
         best = torch.full((stop - start,), -torch.inf, dtype=scores.dtype)
         best.scatter_reduce_(0, rows, own, "amax")
-        as_high = (scores >= best[:, None]).sum(dim=1)
+        # NumPy counts without a copy; torch would make an int64 of every comparison first.
+        as_high = torch.from_numpy(np.count_nonzero((scores >= best[:, None]).numpy(), axis=1))
         # The positives that score as high as the best one, itself included, are no rivals.
         as_high -= torch.bincount(rows[own >= best[rows]], minlength=stop - start)
         ranks[start:stop] = as_high.numpy()

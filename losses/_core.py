@@ -14,21 +14,20 @@ matrix nor the logits exist as a whole: the positive term is a product of class 
 normalisers are accumulated tile by tile, and tiles are computed again in the backward pass
 except those that fit the budget for kept logits.
 
-Letters: b local rows, B global rows, D embedding size, U labels present in the global batch.
+Over ranks (see `losses._gather`) a rank computes one block of S: the images of its grid row times
+the texts of its grid column. Normalisers and positive terms are combined over the ranks that
+share them; gradients go back by the reduce-scatter of the gathers.
+
+Letters: b local rows, B global rows, D embedding size, U labels present.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from losses._gather import Gather
-
-# One exponential serves rows and columns of a tile while no maximum lies further than this
-# below the tile's own: exp(-60) is far from float32 underflow, exp(60) far from overflow.
-SAFE_SPREAD = 60.0
+from losses._gather import Gather, Ranks
+from losses._tiles import Tiles
 
 
 @dataclass
@@ -95,126 +94,101 @@ def contrast(
     ids, counts = global_labels(gather.rows(labels, sizes))
     if len(ids) == 0:  # no rank has a row: a zero that keeps the graph alive
         return Contrast((x.sum() + y.sum()) * 0, x.new_zeros(0), labels.new_zeros(0))
-    first = sum(sizes[: gather.rank])
-    own = slice(first, first + len(x))
+    row, column = gather.row, gather.column
     loss, sample_loss = _TiledContrast.apply(
-        x,
-        gather.rows(y, sizes),
+        row.rows(x, [sizes[rank] for rank in row.members]),
+        column.rows(y, [sizes[rank] for rank in column.members]),
         scale.to(dtype).reshape(()),
-        ids,
-        counts,
-        own,
+        _Block.of(gather, sizes, ids, counts),
         gather,
         tile,
         keep_bytes,
     )
-    return Contrast(loss, sample_loss, counts[ids[own]])
+    own = ids.split(sizes)[gather.rank]
+    return Contrast(loss, sample_loss, counts[own])
+
+
+@dataclass
+class _Block:
+    """This rank's block of the logits: n images of its grid row, m texts of its grid column.
+
+    Attributes:
+        row_ids, column_ids: (n,), (m,) labels in [0, U), U labels present in the block.
+        counts: (U,) samples of each label in the **global** batch.
+        own_rows, own_columns: where the samples of this rank lie.
+        total: B, rows of the global batch.
+    """
+
+    row_ids: Tensor
+    column_ids: Tensor
+    counts: Tensor
+    own_rows: slice
+    own_columns: slice
+    total: int
+
+    @classmethod
+    def of(cls, gather: Gather, sizes: list[int], ids: Tensor, counts: Tensor) -> "_Block":
+        """The block of this rank, from the labels of the global batch."""
+        parts = ids.split(sizes)
+        sides = [torch.cat([parts[k] for k in r.members]) for r in (gather.row, gather.column)]
+        # Numbered again, because class sums of the whole batch may be larger than the block.
+        present, block_ids = torch.unique(torch.cat(sides), return_inverse=True)
+        row_ids, column_ids = block_ids.split([len(side) for side in sides])
+        own = []
+        for ranks in (gather.row, gather.column):
+            first = sum(sizes[k] for k in ranks.members[: ranks.rank])
+            own.append(slice(first, first + sizes[gather.rank]))
+        return cls(row_ids, column_ids, counts[present], *own, len(ids))
 
 
 class _TiledContrast(torch.autograd.Function):
-    """Local rows against gathered columns; the module docstring has the formulas."""
+    """Loss from one block (x (n, D), y (m, D)) per rank; the module docstring has the formulas."""
 
     @staticmethod
-    def forward(ctx, x, y, scale, ids, counts, own, gather, tile, keep_bytes):
-        tiles = _Tiles(x, y, scale, tile, keep_bytes)
+    def forward(ctx, x, y, scale, block, gather, tile, keep_bytes):
+        tiles = Tiles(x, y, scale, tile, keep_bytes)
         row_lse, column_lse = tiles.forward()
-        text_means = _class_means(y, ids, counts)
-        positive = scale * (x * text_means[ids[own]]).sum(1)
+        text_means = _class_means(y, block.column_ids, block.counts)
+        positive = scale * (x * text_means[block.row_ids]).sum(1)
 
-        # A column is complete only after the rows of all ranks: combine (max, sum).
-        shift = gather.max_(column_lse.clone())
-        shared = torch.cat([(column_lse - shift).exp(), (row_lse - 2 * positive).sum()[None]])
-        gather.sum_(shared)
-        column_lse = shift + shared[:-1].log()
+        # A row is complete only with the texts of all grid columns, a column only with the
+        # images of all grid rows.
+        row_lse, positive = _combine(gather.row, row_lse, positive)
+        (column_lse,) = _combine(gather.column, column_lse)
+        sample_loss = 0.5 * (row_lse[block.own_rows] + column_lse[block.own_columns])
+        sample_loss -= positive[block.own_rows]
+        # A class has as many images as texts, so both directions have the same positive term.
+        loss = gather.sum_(sample_loss.sum()) / block.total
 
-        ctx.tiles, ctx.own, ctx.gather = tiles, own, gather
-        ctx.save_for_backward(x, y, scale, ids, counts, row_lse, column_lse, text_means)
-        loss = (shared[-1] + column_lse.sum()) / (2 * len(y))
-        sample_loss = 0.5 * (row_lse + column_lse[own]) - positive
+        ctx.tiles, ctx.block, ctx.world_size = tiles, block, gather.world_size
+        ctx.save_for_backward(x, scale, row_lse, column_lse, text_means)
         ctx.mark_non_differentiable(sample_loss)
         return loss, sample_loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
-        x, y, scale, ids, counts, row_lse, column_lse, text_means = ctx.saved_tensors
+        x, scale, row_lse, column_lse, text_means = ctx.saved_tensors
+        block = ctx.block
         grad_x, grad_y = ctx.tiles.backward(row_lse, column_lse)
-        grad_x.sub_(text_means[ids[ctx.own]], alpha=2)
-        grad_y.sub_(_class_means(x, ids[ctx.own], counts)[ids], alpha=2)
+        grad_x.sub_(text_means[block.row_ids], alpha=2)
+        image_means = _class_means(x, block.row_ids, block.counts)
+        grad_y.sub_(image_means[block.column_ids], alpha=2)
         # Parameter gradients are averaged over ranks later, hence the world size here.
-        factor = gradient * ctx.gather.world_size / (2 * len(y))
+        factor = gradient * ctx.world_size / (2 * block.total)
         grad_scale = (x * grad_x).sum() * factor
         grad_x.mul_(factor * scale)
         grad_y.mul_(factor * scale)
-        return grad_x, grad_y, grad_scale, None, None, None, None, None, None
+        return grad_x, grad_y, grad_scale, None, None, None, None
 
 
-class _Tiles:
-    """Walks the tiles of S = scale * x y^T and holds the kept ones between the two passes."""
-
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, tile: tuple[int, int], keep: int):
-        self.x, self.y, self.scale = x, y, scale
-        self.tile, self.keep_bytes = tile, keep
-        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
-        # |S_ij| <= bound by Cauchy-Schwarz. If twice that is safe, one fixed shift serves all
-        # tiles and no maximum has to be searched for.
-        bound = 0.0
-        if len(x):
-            norm = torch.linalg.vector_norm
-            bound = float(scale.abs() * norm(x, dim=1).max() * norm(y, dim=1).max())
-        safe = math.isfinite(bound) and 2 * bound < SAFE_SPREAD
-        self.shift = x.new_tensor(bound) if safe else None
-
-    def _grid(self) -> Iterator[tuple[slice, slice]]:
-        height, width = self.tile
-        for i in range(0, len(self.x), height):
-            for j in range(0, len(self.y), width):
-                yield slice(i, i + height), slice(j, j + width)
-
-    def _compute(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
-        """(exp(S - m), m) for one tile, or (S, None) where no single shift m is safe."""
-        logits = torch.mm(self.x[rows] * self.scale, self.y[columns].t())
-        shift = self.shift
-        if shift is None:
-            lowest = torch.minimum(logits.amax(1).min(), logits.amax(0).min())
-            highest = logits.amax()
-            # False for NaN as well, which then reaches the loss and is seen there.
-            if bool(highest - lowest < SAFE_SPREAD):
-                shift = highest
-        return (logits, None) if shift is None else (logits.sub_(shift).exp_(), shift)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """logsumexp of the local logits over columns (b,) and over local rows (B,)."""
-        row_lse = self.x.new_full((len(self.x),), -math.inf)
-        column_lse = self.x.new_full((len(self.y),), -math.inf)
-        budget = self.keep_bytes
-        for rows, columns in self._grid():
-            tile, shift = self._compute(rows, columns)
-            if shift is None:
-                over_columns, over_rows = tile.logsumexp(1), tile.logsumexp(0)
-            else:
-                over_columns, over_rows = shift + tile.sum(1).log(), shift + tile.sum(0).log()
-            row_lse[rows] = torch.logaddexp(row_lse[rows], over_columns)
-            column_lse[columns] = torch.logaddexp(column_lse[columns], over_rows)
-            budget -= tile.nbytes
-            if budget >= 0:
-                self.kept[rows.start, columns.start] = tile, shift
-        return row_lse, column_lse
-
-    def backward(self, row_lse: Tensor, column_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """G y (b, D) and G^T x (B, D) with G_ij = exp(S_ij - r_i) + exp(S_ij - c_j)."""
-        grad_x, grad_y = torch.zeros_like(self.x), torch.zeros_like(self.y)
-        for rows, columns in self._grid():
-            kept = self.kept.pop((rows.start, columns.start), None)
-            tile, shift = kept or self._compute(rows, columns)
-            r, c = row_lse[rows, None], column_lse[None, columns]
-            if shift is None:
-                weights = (tile - r).exp_().add_((tile - c).exp_())
-            else:
-                weights = torch.add((shift - r).exp_(), (shift - c).exp_()).mul_(tile)
-            grad_x[rows].addmm_(weights, self.y[columns])
-            grad_y[columns].addmm_(weights.t(), self.x[rows])
-        return grad_x, grad_y
+def _combine(ranks: Ranks, lse: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
+    """Over ranks that hold parts of the same rows: logsumexp of `lse`, sum of each of `terms`."""
+    if ranks.world_size == 1:
+        return lse, *terms
+    shift = ranks.max_(lse.clone())
+    sums = ranks.sum_(torch.stack([(lse - shift).exp(), *terms]))
+    return shift + sums[0].log(), *sums[1:]
 
 
 def _class_means(features: Tensor, ids: Tensor, counts: Tensor) -> Tensor:

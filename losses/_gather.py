@@ -1,11 +1,21 @@
 """What a loss needs of the other ranks: one gather with gradient, used by every method.
 
+The ranks also form a grid of p rows and q columns, p q = R, that the contrastive core uses: the
+images of a grid row and the texts of a grid column meet on the rank where the two cross, so that
+each rank computes one block of the logits. With b local rows, gathering both sides moves
+(p + q - 2) b rows per rank, and their gradients as many; p and q are chosen to make that
+smallest. q = 1 is the one-sided form, in which only texts move: 2 ranks, and any prime number.
+
 The convention, fixed here once: each rank computes the gradient of the **global** loss with
 respect to its local features and multiplies it by the number of ranks; the engine then
 *averages* parameter gradients over ranks, which gives the single-process gradient exactly.
 The multiplication needs no code in a method: a gather whose backward pass sums over ranks,
 together with a loss that is a mean over local rows, has it built in.
 """
+
+import math
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,19 +26,18 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Gather:
-    """Collectives of one process group; the identity when there is one process.
+class Ranks:
+    """Collectives of some of the ranks that share a batch; the identity for a single one.
 
     Args:
-        group: a `torch.distributed` process group. None means the default group when one is
-            initialised, otherwise a single process.
+        group: their `torch.distributed` process group; not used for a single rank.
+        members: their numbers among all ranks that share the batch, in the order of the group.
+        rank: position of this process in `members`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group = group
-        distributed = dist.is_available() and dist.is_initialized()
-        self.world_size = dist.get_world_size(group) if distributed else 1
-        self.rank = dist.get_rank(group) if distributed else 0
+    def __init__(self, group: dist.ProcessGroup | None, members: Sequence[int], rank: int):
+        self.group, self.members, self.rank = group, members, rank
+        self.world_size = len(members)
 
     def sizes(self, rows: int, device: torch.device) -> list[int]:
         """Number of local rows of every rank, in rank order."""
@@ -67,11 +76,67 @@ class Gather:
         return tensor
 
 
+class Gather(Ranks):
+    """All ranks that share a batch, and the rank grid they form.
+
+    Construction is collective: every rank of the group takes part.
+
+    Args:
+        group: a `torch.distributed` process group. None means the default group when one is
+            initialised, otherwise a single process.
+
+    Attributes:
+        row: the q ranks of this rank's grid row; they gather images.
+        column: the p ranks of its grid column; they gather texts.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        distributed = dist.is_available() and dist.is_initialized()
+        world_size = dist.get_world_size(group) if distributed else 1
+        rank = dist.get_rank(group) if distributed else 0
+        super().__init__(group, range(world_size), rank)
+        _, columns = grid_shape(world_size)
+        # Making process groups takes every process of the job, and the members of a part of
+        # them cannot ask the others: they use the one-sided form, which needs no more groups.
+        if columns == 1 or group not in (None, dist.group.WORLD):
+            self.row, self.column = Ranks(None, [rank], 0), self
+        else:
+            self.row, self.column = _grid(rank, world_size, columns)
+
+
+def grid_shape(world_size: int) -> tuple[int, int]:
+    """(p, q) with p q = world_size and the smallest p + q; p >= q."""
+    q = max(n for n in range(1, math.isqrt(world_size) + 1) if world_size % n == 0)
+    return world_size // q, q
+
+
+# By default group, because a loss function that is given a group makes a Gather in every call.
+_grids: WeakKeyDictionary[dist.ProcessGroup, tuple[Ranks, Ranks]] = WeakKeyDictionary()
+
+
+def _grid(rank: int, world_size: int, columns: int) -> tuple[Ranks, Ranks]:
+    """Grid row and grid column of this rank; makes the process groups of all of them once.
+
+    A grid row holds consecutive ranks, which usually share a node.
+    """
+    if dist.group.WORLD not in _grids:
+        order = range(world_size)
+        rows = [order[first : first + columns] for first in order[::columns]]
+        mine = []
+        # Every rank makes every group, in the same order, as new_group demands.
+        for members in [*rows, *(order[first::columns] for first in range(columns))]:
+            group = dist.new_group(list(members))
+            if rank in members:
+                mine.append(Ranks(group, members, members.index(rank)))
+        _grids[dist.group.WORLD] = mine[0], mine[1]
+    return _grids[dist.group.WORLD]
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather of rows; its backward is the reduce-scatter (sum) of the gradient."""
 
     @staticmethod
-    def forward(ctx, local: Tensor, gather: Gather, sizes: list[int]) -> Tensor:
+    def forward(ctx, local: Tensor, gather: Ranks, sizes: list[int]) -> Tensor:
         ctx.gather, ctx.sizes = gather, sizes
         longest = max(sizes)
         padded = _pad_rows(local.contiguous(), longest)
