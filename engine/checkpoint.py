@@ -5,23 +5,30 @@
     RUN/checkpoints/step_0001000/run.json                          step, ranks, what must not change
     RUN/checkpoints/step_0001000.universal/                        see engine/universal.py
     RUN/checkpoints/LAST_GOOD                                      name of the last complete one
+    RUN/checkpoints/latest                                         the same, for DeepSpeed's tools
 
-`LAST_GOOD` is replaced atomically after all ranks have finished, so a run that is cut off while
-saving continues from the one before.
+A checkpoint is written as `.step_0001000.tmp`, flushed to disk by all ranks, renamed, and only then
+named by `LAST_GOOD`; an old one is renamed to `.step_0000500.old` before it is deleted. So whatever
+is called `step_*` is complete at any moment, and a run that is cut off while saving continues from
+the checkpoint before. What was left half-way is deleted by the next start or save.
+
+`LAST_GOOD` may be set back by hand to an older checkpoint. Later ones then belong to an abandoned
+attempt: they are not counted by the keep policy, overwritten when their step is reached, and
+deleted when it is passed.
 """
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from engine import dist, ds, universal
+from engine import disk, dist, ds, universal
 from loaders.errors import DataError
 
 POINTER = "LAST_GOOD"
+LEFT = ".step_*"  # of saves and deletions that were cut off
 
 
 def last_good(folder: Path) -> Path | None:
@@ -42,44 +49,79 @@ def last_good(folder: Path) -> Path | None:
     return target
 
 
+def check_space(engine, folder: Path) -> None:
+    """Clear what killed saves left, and refuse a disk without room for a checkpoint; collective.
+
+    Raises:
+        DataError: with the bytes needed and free. Quotas are not seen.
+    """
+    root = folder / "checkpoints"
+    if dist.rank() == 0:
+        disk.clear(root, LEFT)
+    dist.barrier()
+    needed, free = size(engine), disk.free(root)
+    if dist.max_over_ranks(int(free < needed), engine.device):
+        raise DataError(
+            f"{root}: a checkpoint needs about {disk.gigabytes(needed)}, but only "
+            f"{disk.gigabytes(free)} are free; make room, or choose another --output-dir"
+        )
+
+
+def size(engine) -> int:
+    """About the bytes of a checkpoint: the weights twice, and 12 bytes of optimizer a parameter.
+
+    DeepSpeed keeps float32 weights and the two moments of AdamW, of all ranks together. At stage
+    0 in float32 it needs 4 bytes a parameter less.
+    """
+    total = 0
+    for parameter in engine.module.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())  # stage 3 keeps a slice
+        total += count * (2 * parameter.element_size() + 12 * parameter.requires_grad)
+    return total + 2 * sum(b.numel() * b.element_size() for b in engine.module.buffers())
+
+
 def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: int) -> Path:
     """Save after `step` steps; collective over all ranks.
 
     Args:
         engine: the DeepSpeed engine. folder: the run folder.
+        step: more than that of `LAST_GOOD`.
         identity: what a continuation must have in common with this run.
         keep_last: complete checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DataError: on all ranks if any of them cannot write, say on a full disk. `LAST_GOOD`
+            stays as it was, and half-written files are removed.
     """
     root = folder / "checkpoints"
     target = root / f"step_{step:07d}"
+    scratch = root / f".{target.name}.tmp"
+    attempt = disk.Attempt(engine.device)
+    with attempt.noted():
+        if dist.rank() == 0:
+            disk.clear(root, LEFT)
+            scratch.mkdir(parents=True)
+    _refuse(engine, attempt, target)
     facts: dict[str, Any] = {"step": step}
     if engine.zero_optimization_stage() == 0:  # which state is whose, to continue elsewhere
         facts["unicl_parameter_order"] = universal.parameter_order(engine)
-    engine.save_checkpoint(str(root), tag=target.name, client_state=facts)
-    weights = dict(ds.full_state(engine))
-    if dist.rank() == 0:
-        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-        facts = {
-            "step": step,
-            "samples": step * identity["train.global_batch"],
-            "world_size": dist.world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
-            "identity": identity,
-        }
-        (target / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
-    dist.barrier()
-    if dist.rank() == 0:
-        scratch = root / f".{POINTER}.tmp"
-        with scratch.open("w") as file:
-            file.write(target.name + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, root / POINTER)
-        _prune(root, target, keep_last)
-    dist.barrier()
+    with disk.flushing(engine, attempt):
+        engine.save_checkpoint(str(root), tag=scratch.name, client_state=facts, save_latest=False)
+    weights = {name: whole for name, whole in ds.full_state(engine) if dist.rank() == 0}
+    with attempt.noted():
+        if dist.rank() == 0:
+            save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
+            _write_facts(engine, scratch / "run.json", step, identity)
+            for path in (scratch / "model.safetensors", scratch / "run.json", scratch):
+                disk.flush(path)
+    _refuse(engine, attempt, target)  # also the point at which all ranks have finished
+    with attempt.noted():
+        if dist.rank() == 0:
+            _publish(scratch, target, keep_last)
+    _refuse(engine, attempt, target)
     return target
 
 
@@ -96,7 +138,7 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     check_identity(facts, identity, checkpoint)
     here = (dist.world_size(), engine.zero_optimization_stage())
     if (facts["world_size"], facts["zero_stage"]) != here:
-        converted = universal.convert(checkpoint, facts["zero_stage"])
+        converted = universal.convert(checkpoint, facts["zero_stage"], engine.device)
         universal.load(engine, checkpoint, converted)
         return int(facts["step"])
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -124,11 +166,74 @@ def check_identity(facts: dict[str, Any], identity: dict[str, Any], checkpoint: 
         )
 
 
-def _prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Delete the oldest complete checkpoints; never the one that LAST_GOOD names."""
-    complete = sorted(p.parent for p in root.glob("step_*/run.json"))
-    for old in complete[:-keep_last]:
-        if old != newest:
-            shutil.rmtree(old)
-    for converted in root.glob(f"*{universal.ENDING}"):
-        shutil.rmtree(converted)  # it has served: a newer checkpoint is complete
+def _write_facts(engine, path: Path, step: int, identity: dict[str, Any]) -> None:
+    facts = {
+        "step": step,
+        "samples": step * identity["train.global_batch"],
+        "world_size": dist.world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "identity": identity,
+    }
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _refuse(engine, attempt: disk.Attempt, target: Path) -> None:
+    """Raise on all ranks what any of them noted; collective."""
+    failure = attempt.agree()
+    if failure is None:
+        return
+    root = target.parent
+    if dist.rank() == 0:
+        disk.clear(root, LEFT)
+    dist.barrier()
+    pointer = root / POINTER
+    kept = (
+        f"{POINTER} is kept and names {pointer.read_text().strip()}"
+        if pointer.exists()
+        else "there is no earlier checkpoint"
+    )
+    raise DataError(
+        f"checkpoint {target} could not be written ({failure}). A checkpoint needs about "
+        f"{disk.gigabytes(size(engine))}; {disk.gigabytes(disk.free(root))} are free now that its "
+        f"half-written files are removed. {kept}. Make room and run the same command again"
+    )
+
+
+def _publish(scratch: Path, target: Path, keep_last: int) -> None:
+    """Give a finished checkpoint its name, point to it, and delete what is no longer needed."""
+    root, before = target.parent, None
+    if (root / POINTER).exists():
+        last = root / (root / POINTER).read_text().strip()
+        before = json.loads((last / "run.json").read_text())["step"]
+    if target.exists():
+        disk.discard(target)
+    os.replace(scratch, target)
+    disk.flush(root)
+    for pointer in (POINTER, "latest"):
+        disk.write_line(root / pointer, target.name)
+    _prune(target, before, keep_last)
+
+
+def _prune(newest: Path, before: int | None, keep_last: int) -> None:
+    """Delete the oldest checkpoints up to `newest`, which `LAST_GOOD` names.
+
+    Args:
+        before: the step that `LAST_GOOD` named until now. Between the two lies only what an
+            abandoned attempt left.
+    """
+    steps = {}
+    for path in newest.parent.glob("step_*/run.json"):
+        number = path.parent.name.removeprefix("step_")
+        if number.isdigit():  # a copy made by hand under another name is not ours
+            steps[int(number)] = path.parent
+    now = int(newest.name.removeprefix("step_"))
+    line = [now]
+    if before is not None:
+        line = sorted(step for step in steps if step <= before and step != now) + line
+        for step in steps:
+            if before < step < now:
+                disk.discard(steps[step])
+    for step in line[:-keep_last]:
+        disk.discard(steps[step])
+    for converted in newest.parent.glob(f"step_*{universal.ENDING}"):
+        disk.discard(converted)  # it has served: a newer checkpoint is complete

@@ -22,28 +22,48 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from engine import dist
+from engine import disk, dist
+from loaders.errors import DataError
 
 ENDING = ".universal"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def convert(checkpoint: Path, stage: int) -> Path:
+def convert(checkpoint: Path, stage: int, device: torch.device) -> Path:
     """The universal form of a checkpoint that was written at ZeRO `stage`; collective.
 
-    Made once by rank 0 under another name and renamed, so that a kill leaves nothing half-done.
+    Made once by rank 0 under another name, flushed and renamed, so that a kill leaves nothing
+    half-done under this one.
+
+    Raises:
+        DataError: on all ranks, if rank 0 cannot write, say on a full disk.
     """
     target = checkpoint.with_name(checkpoint.name + ENDING)
-    if dist.rank() == 0 and not target.is_dir():
-        scratch = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
-        (scratch / "zero").mkdir(parents=True)
-        if stage == 0:
-            _convert_unsharded(checkpoint, scratch)
-        else:
-            _convert_sharded(checkpoint, scratch)
-        os.replace(scratch, target)
-    dist.barrier()
+    scratch = target.with_name(f".{target.name}.tmp")
+    attempt = disk.Attempt(device)
+    with attempt.noted():
+        if dist.rank() == 0 and not target.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+            (scratch / "zero").mkdir(parents=True)
+            if stage == 0:
+                _convert_unsharded(checkpoint, scratch)
+            else:
+                _convert_sharded(checkpoint, scratch)
+            for path in (*scratch.rglob("*"), scratch):
+                disk.flush(path)
+            os.replace(scratch, target)
+    failure = attempt.agree()
+    if failure:
+        if dist.rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+        dist.barrier()
+        size = sum(path.stat().st_size for path in checkpoint.iterdir())
+        raise DataError(
+            f"{checkpoint} could not be converted for another number of ranks or ZeRO stage "
+            f"({failure}). That needs up to {disk.gigabytes(2 * size)}; "
+            f"{disk.gigabytes(disk.free(checkpoint))} are free. The checkpoint itself is whole: "
+            "make room and run the same command again"
+        )
     return target
 
 
