@@ -52,6 +52,8 @@ class TrainConfig:
     steps: int | None = None
     epoch_samples: int | None = None  # samples of an epoch; null: all samples of all sources
     grad_checkpointing: bool = False
+    # With accumulation, memory of a rank (GB) for micro-batches that are not encoded twice.
+    graph_memory_gb: float = 0.0
     # Logged windows in a row with a loss or gradient that is NaN or infinite before the run ends.
     # One may be a single batch whose update DeepSpeed skipped; three in a row do not pass by
     # themselves. Weights that are not finite end the run at once.
@@ -198,6 +200,8 @@ def check(cfg: DictConfig) -> None:
     ):
         if cfg[section][key] < 1:
             raise ConfigError(f"{section}.{key}={cfg[section][key]} must be at least 1")
+    if cfg.train.graph_memory_gb < 0:
+        raise ConfigError(f"train.graph_memory_gb={cfg.train.graph_memory_gb} must not be negative")
     if cfg.timeout_minutes <= 0:
         raise ConfigError(f"timeout_minutes={cfg.timeout_minutes} must be positive")
     mirrors.chosen(cfg.log.report_to)

@@ -51,13 +51,15 @@ class Trainer:
         last = checkpoint.last_good(self.folder)
         if last:
             self.done = checkpoint.load(self.engine, last, self.identity)
+        checkpoint.check_space(self.engine, self.folder)
         _write_run_folder(self.folder, plan)
         dist.barrier()
         self.log = RunLog(self.folder, self.done, plan.steps, self.cfg)
         self.log.say(plan.describe())
         if last:
             self.log.say(f"continuing {self.folder} after step {self.done}")
-        self.stepper = Stepper(self.engine, Gather(), self.cfg.seed)
+        graph_bytes = int(self.cfg.train.graph_memory_gb * 1e9)
+        self.stepper = Stepper(self.engine, Gather(), self.cfg.seed, graph_bytes)
         self.dataset = build.dataset(plan)
         self.notes = ReadingNotes(self.cfg.data.workers)
         self.guard = FiniteGuard(self.engine, plan, self.dataset, device)
