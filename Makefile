@@ -1,5 +1,6 @@
 # make quickstart   environment, training under DeepSpeed on the shipped data, tables and pictures
 # make test         environment and all tests
+# make soak         the tests that take long: hundreds of processes killed (an hour)
 # make lint         ruff
 # make bench        ratios against named peers, into benchmarks/results/ (an hour and more)
 
@@ -18,7 +19,7 @@ export HF_DATASETS_OFFLINE ?= 1
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test soak lint bench
 BENCHES := loss loss_ranks data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
@@ -40,6 +41,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -68,15 +68,17 @@ def check_space(engine, folder: Path) -> None:
 
 
 def size(engine) -> int:
-    """About the bytes of a checkpoint: the weights twice, and 12 bytes of optimizer a parameter.
+    """About the bytes of a checkpoint, all ranks together (measured with DeepSpeed 0.19.8).
 
-    DeepSpeed keeps float32 weights and the two moments of AdamW, of all ranks together. At stage
-    0 in float32 it needs 4 bytes a parameter less.
+    The weights twice, as `model.safetensors` and in DeepSpeed's parts (at stage 3 not there), and
+    12 bytes of a trained parameter: a float32 copy (not at stage 0) and the moments of AdamW.
     """
+    stage = engine.zero_optimization_stage()
     total = 0
     for parameter in engine.module.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())  # stage 3 keeps a slice
-        total += count * (2 * parameter.element_size() + 12 * parameter.requires_grad)
+        states = (8 if stage == 0 else 12) if parameter.requires_grad else 0
+        total += count * ((1 if stage == 3 else 2) * parameter.element_size() + states)
     return total + 2 * sum(b.numel() * b.element_size() for b in engine.module.buffers())
 
 

@@ -138,12 +138,16 @@ class _Writer:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """The words of the operating system; None for an error that is not one of the disk.
+    """Why something could not be written; None for an error that is not one of the disk.
 
-    torch.save raises a RuntimeError while it handles the OSError of a write.
+    torch.save raises a RuntimeError: into an open file while it handles the OSError of the
+    write, into a path (as DeepSpeed's converter calls it) without any reason.
     """
     while error is not None:
         if isinstance(error, OSError | SafetensorError):
             return str(error)
-        error = error.__cause__ or error.__context__
+        cause = error.__cause__ or error.__context__
+        if cause is None and "iostream error" in str(error):
+            return "torch.save could not write a whole file"
+        error = cause
     return None

@@ -61,8 +61,8 @@ def convert(checkpoint: Path, stage: int, device: torch.device) -> Path:
         raise DataError(
             f"{checkpoint} could not be converted for another number of ranks or ZeRO stage "
             f"({failure}). That needs up to {disk.gigabytes(2 * size)}; "
-            f"{disk.gigabytes(disk.free(checkpoint))} are free. The checkpoint itself is whole: "
-            "make room and run the same command again"
+            f"{disk.gigabytes(disk.free(checkpoint))} are free. The checkpoint itself is not "
+            "touched: make room and run the same command again"
         )
     return target
 
@@ -124,7 +124,8 @@ def _convert_sharded(checkpoint: Path, target: Path) -> None:
             if folder.is_dir():
                 shape = weights.get_slice(folder.name).get_shape()
                 _one_form(folder, step, shape)
-                step = torch.load(folder / "step.pt", weights_only=False) if step is None else step
+                if step is None and (folder / "step.pt").exists():  # buffers have none
+                    step = torch.load(folder / "step.pt", weights_only=False)
     _write_global_state(target, optimizer, step)
 
 

@@ -15,12 +15,38 @@ from tests.engine import tiny
 
 BATCH = 12
 IDENTITY = {"train.global_batch": BATCH}
-METHOD = "multitask"  # has a head of its own, whose state must survive as well
+
+
+class Method(losses.find("multitask")):
+    """A method with all kinds of state: a head, a queue of features, and how far it is filled.
+
+    None of `losses/` keeps buffers, but the contract of a method promises that they survive.
+    """
+
+    def __init__(self, cfg, dims):
+        super().__init__(cfg, dims)
+        self.register_buffer("queue", torch.zeros(2 * BATCH, dims["embed_dim"]))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self.last = None
+
+    def loss(self, features, labels, gather):
+        self.last = gather.rows(features["image"].detach())
+        out = super().loss(features, labels, gather)
+        # Depends on features of earlier steps: a queue that was lost shows in the loss.
+        out["queue_loss"] = (features["image"] @ self.queue.T).pow(2).mean()
+        return out
+
+    def step_end(self):
+        start = int(self.filled) % len(self.queue)
+        self.queue[start : start + BATCH] = self.last
+        self.filled += BATCH
 
 
 def life(rank, world_size, folder, stage, start, stop):
     """Steps `start` to `stop` of one run; returns its losses and whole weights."""
-    module = tiny.build(METHOD)
+    module = tiny.build("multitask")
+    module.method = Method(module.method.cfg, tiny.DIMS)
+    module.train()
     config = {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": BATCH // world_size,
@@ -47,7 +73,6 @@ def life(rank, world_size, folder, stage, start, stop):
 
 def test_ranks_and_stages_change_on_the_way(tmp_path):
     """2 -> 1 -> 4 -> 2 ranks and ZeRO 1 -> 2 -> 3 -> 0 -> 3 -> 1 against one undisturbed run."""
-    assert METHOD in losses.names()
     whole, expected = multiprocess.run(life, 2, str(tmp_path / "whole"), 1, 0, 12)[0]
     lives = ((2, 1), (1, 2), (4, 3), (2, 0), (1, 3), (2, 1))  # (ranks, stage)
     seen = []
@@ -58,6 +83,8 @@ def test_ranks_and_stages_change_on_the_way(tmp_path):
         )[0]
         seen += part
     assert len(weights) == len(expected)
+    assert weights["method.filled"] == 12 * BATCH
+    assert np.abs(expected["method.queue"]).min(axis=1).max() > 0
     np.testing.assert_allclose(seen, whole, rtol=2e-5)
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, atol=2e-5, err_msg=name)
