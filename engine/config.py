@@ -162,7 +162,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         except ConfigKeyError as error:
             raise ConfigError(_unknown_key(error, path)) from None
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+            key = error.full_key or "the whole file"
+            raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from None
     try:
         config_file.check_values(OmegaConf.to_container(cfg))
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -251,9 +252,9 @@ def count_steps(cfg: DictConfig, epoch_samples: int) -> tuple[int, int]:
 
 
 def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    layer = config_file.read(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` goes round in a circle")
-    layer = config_file.read(path)
     base = OmegaConf.to_container(layer).get("base")
     if "base" in layer:
         del layer["base"]

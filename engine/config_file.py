@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from loaders.errors import ConfigError
 
-MAX_BYTES = 1 << 18
+MAX_BYTES = 1 << 17
 # Each may stand for a value that holds others: 20 can grow 1500-fold, 100 without end.
 MAX_INTERPOLATIONS = 20
+MAX_DEPTH = 40  # PyYAML takes time with the square of it; ours go to 5
 _NUMBER = re.compile(r"[-+.:_0-9a-fA-FxXoO]*")
 
 
@@ -67,8 +68,13 @@ def check_values(values: Any) -> None:
 
 
 def _check_events(text: str) -> None:
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         where = f"line {event.start_mark.line + 1}"
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{where}: more than {MAX_DEPTH} sections inside of each other")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(
                 f"{where}: the alias *{event.anchor}: a few lines of them can stand for gigabytes; "
