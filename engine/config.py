@@ -17,7 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import losses
+<<<<<<< HEAD
 from engine import mirrors
+=======
+from engine import config_file
+>>>>>>> h_hostile
 from loaders.errors import ConfigError
 from models.config import ModelConfig
 
@@ -152,7 +156,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         A `RunConfig` as a checked `DictConfig`.
 
     Raises:
-        ConfigError: unreadable file, circular `base`, unknown key or value of a wrong type.
+        ConfigError: unreadable file, circular `base`, unknown key or value of a wrong type; names
+            the file.
     """
     layers = _chain(Path(path), ())
     for override in overrides:
@@ -169,8 +174,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         except ConfigKeyError as error:
             raise ConfigError(_unknown_key(error, path)) from None
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
-    check(cfg)
+            key = error.full_key or "the whole file"
+            raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from None
+    try:
+        config_file.check_values(OmegaConf.to_container(cfg))
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        check(cfg)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        # A list where the model expects a number, say; sections without types come as they are.
+        raise ConfigError(f"{path}: a value of a wrong kind: {error}") from None
     return cfg
 
 
@@ -207,6 +221,8 @@ def check(cfg: DictConfig) -> None:
     mirrors.chosen(cfg.log.report_to)
     if not 0 <= cfg.data.max_bad_fraction <= 1:
         raise ConfigError(f"data.max_bad_fraction={cfg.data.max_bad_fraction} must be in [0, 1]")
+    if not 0 <= cfg.data.workers <= 512:
+        raise ConfigError(f"data.workers={cfg.data.workers} must be in [0, 512], per rank")
     if cfg.data.augmentation == "mixup_cutmix":
         raise ConfigError(
             f"{cfg.name}: data.augmentation=mixup_cutmix: the trainer cannot blend images and "
@@ -254,15 +270,14 @@ def count_steps(cfg: DictConfig, epoch_samples: int) -> tuple[int, int]:
 
 
 def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
+    layer = config_file.read(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` goes round in a circle")
-    try:
-        layer = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"cannot read configuration {path}: {error}") from None
-    if not isinstance(layer, DictConfig):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections")
-    base = layer.pop("base", None)
+    base = OmegaConf.to_container(layer).get("base")
+    if "base" in layer:
+        del layer["base"]
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base={base!r} is not the name of another file")
     parents = _chain(path.parent / base, (*seen, path.resolve())) if base else []
     return [*parents, layer]
 

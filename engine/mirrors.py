@@ -10,11 +10,13 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from engine import dist
 from loaders.errors import ConfigError
 
 PACKAGES = ("tensorboard", "wandb")
@@ -51,7 +53,9 @@ class Mirrors:
     def __init__(self, cfg: DictConfig, folder: Path, step: int, tell: Callable[[str], None]):
         self.tell = tell
         opened = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-        self.open = {name: opened[name](cfg, folder, step) for name in chosen(cfg.log.report_to)}
+        self.open = {
+            name: opened[name](cfg, folder, step, tell) for name in chosen(cfg.log.report_to)
+        }
 
     def record(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl, as `train/KEY`."""
@@ -78,7 +82,7 @@ class Mirrors:
 
 
 class _TensorBoard:
-    def __init__(self, cfg: DictConfig, folder: Path, step: int):
+    def __init__(self, cfg: DictConfig, folder: Path, step: int, tell: Callable[[str], None]):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -101,19 +105,28 @@ class _Wandb:
     beginning, and replaces the offline folders of earlier attempts.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path, step: int):
+    def __init__(self, cfg: DictConfig, folder: Path, step: int, tell: Callable[[str], None]):
         import wandb
 
+        start = partial(
+            wandb.init,
+            project=cfg.log.wandb_project,
+            name=cfg.name,
+            id=_identifier(folder / "wandb_id"),
+            resume="allow",
+            dir=folder,
+            config=OmegaConf.to_container(cfg, resolve=True),
+            settings=wandb.Settings(console="off"),  # log.txt has it
+        )
         try:
-            self.run = wandb.init(
-                project=cfg.log.wandb_project,
-                name=cfg.name,
-                id=_identifier(folder / "wandb_id"),
-                resume="allow",
-                dir=folder,
-                config=OmegaConf.to_container(cfg, resolve=True),
-                settings=wandb.Settings(console="off"),  # log.txt has it
+            self.run = start()
+        except wandb.errors.CommError as error:  # a requeued run does not end for that
+            tell(
+                f"warning: wandb does not answer ({dist.first_line(error)}); this attempt is "
+                f"written to {folder / 'wandb'} for `wandb sync`"
             )
+            wandb.teardown()  # its service still holds the id
+            self.run = start(mode="offline")
         except wandb.errors.Error as error:
             raise ConfigError(
                 f"log.report_to=wandb: {error}; `wandb login` stores a key, WANDB_MODE=offline "

@@ -19,21 +19,19 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import DataError
+from loaders.manifest_file import (
+    KINDS,
+    MANIFEST,
+    ClassEntry,
+    load_classes,
+    load_manifest,
+    parse_classes,
+)
 from loaders.specs import expand
-from loaders.tarreader import NO_LABEL, ShardReader, open_index
+from loaders.tarheaders import shown
+from loaders.tarreader import NO_LABEL, TOO_LARGE, ShardReader, open_index
 
-KINDS = ("image_label", "image_text")
-MANIFEST = "manifest.json"
 _OPEN_INDEXES = 64  # each memory-mapped index holds a file descriptor
-
-
-@dataclass(frozen=True, slots=True)
-class ClassEntry:
-    """A class: its id (its position in the class table), WordNet synset or None, and names."""
-
-    id: int
-    synset: str | None
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,15 @@ class ShardInfo:
 
 
 class MissingMember(LookupError):
-    """A sample lacks the image that was asked for."""
+    """A sample lacks the image that was asked for; `reason` is one short word for the counts."""
+
+    reason = "no_image"
+
+
+class OversizedMember(MissingMember):
+    """An image, text or JSON too large to be read (`tarreader.MAX_BYTES`)."""
+
+    reason = "member_too_large"
 
 
 class ShardSet:
@@ -101,10 +107,14 @@ class ShardSet:
         return int(self._row(i)[1]["label"])
 
     def read_image(self, i: int) -> bytes:
-        """Encoded image of sample i; raises `MissingMember` if it has none."""
+        """Encoded image of sample i; raises `MissingMember` if it has none.
+
+        As the other readers: `OversizedMember` for one that is too large to be meant, `DataError`
+        if the tar has become shorter.
+        """
         data = self._read(i, "image")
         if data is None:
-            raise MissingMember(f"{self.shard_of(i)}: sample {self.key(i)!r} has no image")
+            raise MissingMember(f"{self._describe(i)} has no image")
         return data
 
     def read_text(self, i: int) -> str | None:
@@ -117,10 +127,16 @@ class ShardSet:
         data = self._read(i, "json")
         if data is None:
             return None
-        content = json.loads(data)
+        try:
+            content = json.loads(data)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
+
+    def _describe(self, i: int) -> str:
+        return f"{self.shard_of(i)}: sample {shown(self.key(i))}"
 
     def _row(self, i: int) -> tuple[str, np.void]:
         if not 0 <= i < len(self):
@@ -132,7 +148,12 @@ class ShardSet:
     def _read(self, i: int, part: str) -> bytes | None:
         path, row = self._row(i)
         offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
-        return None if offset < 0 else self._reader.read(path, offset, size)
+        if offset == TOO_LARGE:
+            raise OversizedMember(f"{self._describe(i)}: its {part} is too large to be read")
+        try:
+            return None if offset < 0 else self._reader.read(path, offset, size)
+        except DataError as error:
+            raise DataError(f"{error}; found at sample {shown(self.key(i))}") from None
 
 
 def open_shards(
@@ -157,8 +178,8 @@ def open_shards(
     if kind not in (None, *KINDS):
         raise DataError(f"{spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
     folders = list(dict.fromkeys(_home(path) for path in paths))
-    manifests = {folder: _load_manifest(folder) for folder in folders}
-    tables = [_load_classes(folder, manifests[folder]) for folder in folders]
+    manifests = {folder: load_manifest(folder) for folder in folders}
+    tables = [load_classes(folder, manifests[folder]) for folder in folders]
     if any(table != tables[0] for table in tables):
         raise DataError(
             f"{spec}: the folders {folders[0]} and others have different class tables, so equal "
@@ -232,7 +253,7 @@ def write_manifest(
     ):
         if wrong:
             raise DataError(f"{folder}: {what}")
-    entries = _parse_classes(folder / MANIFEST, table)
+    entries = parse_classes(folder / MANIFEST, table)
     if kind == "image_label":
         _check_labels(ShardSet(name, kind, entries, shards))
     manifest.update(extra or {})
@@ -251,7 +272,7 @@ def _hash_shard(path: Path) -> ShardInfo:
 
 def _listed_tars(folder: Path) -> list[str] | None:
     """Tars that a folder's manifest lists; None without a manifest."""
-    manifest = _load_manifest(folder)
+    manifest = load_manifest(folder)
     return manifest and [os.path.join(folder, shard["file"]) for shard in manifest["shards"]]
 
 
@@ -260,26 +281,6 @@ def _home(path: str) -> Path:
     folder = Path(path).parent
     above = folder.parent
     return above if folder.name == "shards" and (above / MANIFEST).is_file() else folder
-
-
-def _load_manifest(folder: Path) -> dict | None:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        complete = manifest["kind"] in KINDS and isinstance(manifest["name"], str)
-        complete = complete and all(
-            {"file", "samples", "bytes"} <= {*s} for s in manifest["shards"]
-        )
-    except (ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise DataError(
-            f"{path}: not a data set manifest (name, kind image_label or image_text, and shards "
-            "with file, samples, bytes); write it again with loaders.manifest.write_manifest"
-        )
-    return manifest
 
 
 def _shard_info(path: str, stated: dict | None) -> ShardInfo:
@@ -294,33 +295,6 @@ def _shard_info(path: str, stated: dict | None) -> ShardInfo:
             "again with loaders.manifest.write_manifest"
         )
     return ShardInfo(path, samples, size, stated.get("sha256"))
-
-
-def _load_classes(folder: Path, manifest: dict | None) -> list[ClassEntry]:
-    if manifest is not None:
-        return _parse_classes(folder / MANIFEST, manifest.get("classes") or [])
-    for place in (folder, folder.parent):
-        path = place / "classnames.txt"
-        if path.is_file():
-            names = path.read_text(encoding="utf-8").splitlines()
-            table = [{"id": i, "synset": None, "names": [n]} for i, n in enumerate(names)]
-            return _parse_classes(path, table)
-    return []
-
-
-def _parse_classes(path: Path, table: list[dict]) -> list[ClassEntry]:
-    """Check a class table: ids 0..n-1 in order, and non-empty names."""
-    entries = []
-    for position, row in enumerate(table):
-        if row.get("id") != position:
-            raise DataError(f"{path}: class {position} has id {row.get('id')}; ids are 0..n-1")
-        names = row.get("names") or [""]
-        if not all(isinstance(text, str) and text.strip() for text in names):
-            raise DataError(
-                f"{path}: class {position} has no name or an empty one; write its names"
-            )
-        entries.append(ClassEntry(position, row.get("synset"), tuple(names)))
-    return entries
 
 
 def _infer_kind(shards: Sequence[ShardInfo]) -> str:
@@ -343,7 +317,7 @@ def _check_labels(shard_set: ShardSet) -> None:
         i = int(wrong[0])
         what = "no label" if labels[i] == NO_LABEL else f"label {labels[i]}"
         raise DataError(
-            f"{shard_set.shard_of(i)}: sample {shard_set.key(i)!r} has {what}, but an image_label "
-            f"set needs 0..{len(shard_set.classes) - 1} ({len(wrong)} such samples); mend .cls or "
-            "json.label, complete the class table, or open the set as kind image_text"
+            f"{shard_set.shard_of(i)}: sample {shown(shard_set.key(i))} has {what}, but an "
+            f"image_label set needs 0..{len(shard_set.classes) - 1} ({len(wrong)} such samples); "
+            "mend .cls or json.label, complete the class table, or open the set as kind image_text"
         )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders.errors import ConfigError
-from loaders.manifest import ShardSet
+from loaders.manifest import OversizedMember, ShardSet
+from loaders.manifest_file import is_text
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "prompts" / "templates.json"
 
@@ -56,8 +57,10 @@ def load_templates(name_or_path: str) -> list[str]:
         templates = presets[name_or_path]["templates"]
     else:
         try:
+            if not Path(name_or_path).is_file():  # a device or pipe would be read for ever
+                raise FileNotFoundError("no such file")
             templates = json.loads(Path(name_or_path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"templates {name_or_path!r}: neither one of {', '.join(presets)} nor a JSON file "
                 f"with a list of strings ({error})"
@@ -80,13 +83,14 @@ def caption_text(raw: str | dict | None, choice: str) -> str:
     """The caption in `raw`: itself for choice `txt`, its entry KEY for `json.KEY`.
 
     Surrounding white space is removed. Raises `BadText` with reason `no_caption` (absent),
-    `caption_not_text` or `empty_caption`.
+    `caption_not_text` (also for halves of surrogate pairs, which no tokenizer takes) or
+    `empty_caption`.
     """
     if isinstance(raw, dict):
         raw = raw.get(choice.removeprefix("json."))
     if raw is None:
         raise BadText("no_caption")
-    if not isinstance(raw, str):
+    if not is_text(raw):
         raise BadText("caption_not_text")
     if not raw.strip():
         raise BadText("empty_caption")
@@ -94,9 +98,14 @@ def caption_text(raw: str | dict | None, choice: str) -> str:
 
 
 def read_caption(shards: ShardSet, index: int, choice: str) -> str:
-    """Caption of a sample; `BadText` as `caption_text`, or `caption_not_utf8`, `bad_json`."""
+    """Caption of a sample.
+
+    Raises `BadText` as `caption_text`, or `caption_not_utf8`, `bad_json`, `caption_too_large`.
+    """
     try:
         raw = shards.read_text(index) if choice == "txt" else shards.read_json(index)
+    except OversizedMember:
+        raise BadText("caption_too_large") from None
     except UnicodeDecodeError:
         raise BadText("caption_not_utf8") from None
     except ValueError:
@@ -106,5 +115,5 @@ def read_caption(shards: ShardSet, index: int, choice: str) -> str:
 
 def _check_templates(what: str, templates: Sequence[str]) -> None:
     good = isinstance(templates, list | tuple) and templates
-    if not good or any(not isinstance(t, str) or t.count("{}") != 1 for t in templates):
+    if not good or any(not is_text(t) or t.count("{}") != 1 for t in templates):
         raise ConfigError(f"{what}: templates are a non-empty list of strings with one {{}} each")

@@ -6,6 +6,7 @@ and to the device; `normalize` runs there. All randomness comes from the global 
 """
 
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -19,8 +20,12 @@ from torchvision.transforms import v2
 from loaders.errors import ConfigError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
+# A progressive JPEG may repeat a scan of a few bytes a thousand times, and each takes as long as
+# the whole image (0.25 s at MAX_PIXELS). Real ones have about ten, hardly any are that large.
+MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
 # No others: Pillow would start an external program for some (EPS) that may hide behind `.jpg`.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_TILE = 2048  # pixels
 RECIPES = ("unicl_release", "paper", "clip", "clipart", "none")
 
 View = Callable[[Image.Image], Tensor]
@@ -34,18 +39,20 @@ class BadImage(Exception):
         self.reason = reason
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode an image to RGB, upright (EXIF), first frame, transparency composited on white.
+def decode(data: bytes, upright: bool = True) -> Image.Image:
+    """Decode an image to RGB, first frame, transparency composited on white.
 
+    `upright`: turned as its EXIF data says; False for annotations of the pixels as stored.
     Raises `BadImage` with reason `zero_bytes`, `not_an_image`, `too_large` (more than
-    MAX_PIXELS; found before decoding), `truncated`, `undecodable` or `unsupported_mode`.
+    MAX_PIXELS or MAX_SCANNED_PIXELS; found before decoding), `truncated`, `undecodable` or
+    `unsupported_mode`.
     """
     if not data:
         raise BadImage("zero_bytes")
     with warnings.catch_warnings():
         # Pillow warns of large images, refused below, and of damaged meta data, of no use here.
         warnings.simplefilter("ignore")
-        return _decode(data)
+        return _decode(data, upright)
 
 
 def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[float]) -> View:
@@ -153,7 +160,7 @@ def _random_crop(size: int, scale: tuple[float, float]) -> v2.RandomResizedCrop:
     return v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, upright: bool) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -162,9 +169,13 @@ def _decode(data: bytes) -> Image.Image:
         raise BadImage("not_an_image", error) from None
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("too_large", f"{image.width} x {image.height} pixels")
+    # In a scan, two bytes FF DA can only begin another: data bytes FF are followed by a zero.
+    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
+    if scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise BadImage("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image) if upright else image)
     except BadImage:
         raise
     except Exception as error:
@@ -185,10 +196,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("unsupported_mode", "floating-point pixels have no known range")
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion clips at 255 and so turns nearly all to white.
-        high = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
-        image = Image.fromarray(high.astype(np.uint8))
+        values = np.array(image)  # in place from here: the largest images fill a gigabyte
+        np.right_shift(values, 8, out=values)
+        np.clip(values, 0, 255, out=values)
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB without transparency; in tiles, so that the copies on the way are small."""
+    result = Image.new("RGB", image.size)
+    starts = itertools.product(range(0, image.width, _TILE), range(0, image.height, _TILE))
+    for left, top in starts:
+        corner = min(left + _TILE, image.width), min(top + _TILE, image.height)
+        tile = image.crop((left, top, *corner)).convert("RGBA")
+        white = Image.new("RGBA", tile.size, "white")
+        result.paste(Image.alpha_composite(white, tile).convert("RGB"), (left, top))
+    return result

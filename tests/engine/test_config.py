@@ -42,7 +42,10 @@ def test_base_override_and_interpolation():
         ("data.max_bad_fraction=2", r"in \[0, 1\]"),
         ("lr", "key.sub=value"),
         ("recipe=mine", "one of paper, release_defaults, ours"),
-        ("optim.lr=null", "^unicl: these keys are not decided:\n  optim.lr: peak"),
+        (
+            "optim.lr=null",
+            "quickstart_unicl.yaml: unicl: these keys are not decided:\n  optim.lr: peak",
+        ),
         ("optim.warmup_steps=null", "optim.warmup_epochs or optim.warmup_steps"),
         ("optim.warmup_epochs=1", "exactly one of warmup_epochs, warmup_steps"),
         ("optim.warmup_steps=-1", "at least 0"),
