@@ -17,11 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import losses
-<<<<<<< HEAD
-from engine import mirrors
-=======
-from engine import config_file
->>>>>>> h_hostile
+from engine import config_file, mirrors
 from loaders.errors import ConfigError
 from models.config import ModelConfig
 
