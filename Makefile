@@ -39,8 +39,12 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.plots --runs $(RUNS:%=$(RUN)/%) --results $(RUN)/results --output $(RUN)/report
 	$(BIN)/python -m eval.tables $(RUN)/results
 
+# The second part starts many processes of its own, which two workers would only slow down.
+PARALLEL := -n 2 --dist loadfile
+ALONE := tests/slurm tests/kill
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
