@@ -2,19 +2,23 @@
 
 Works the same under `deepspeed`, `torchrun`, `srun` (one task per device, no launcher between)
 and plain `python`. Nothing here imports deepspeed, so evaluation can use it.
+
+    srun python -m engine.dist --check      # or torchrun -m engine.dist --check
+
+shows ranks, nodes, devices and versions, and tries one all-reduce.
 """
 
 import os
 import re
 import socket
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from loaders.errors import ConfigError
+from loaders.errors import ConfigError, DataError, run_cli
 
 # torch's name of a variable, and where other launchers put the same number.
 _SOURCES = {
@@ -83,15 +87,18 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def initialise(timeout_minutes: int = 30) -> torch.device:
+def initialise(timeout_minutes: float = 30) -> torch.device:
     """Join the process group and choose this rank's device.
 
     Args:
-        timeout_minutes: after which a collective operation that does not finish is an error.
+        timeout_minutes: for the ranks to arrive, and for every collective operation after that.
 
     Returns:
         `cuda:LOCAL_RANK` where CUDA is available (nccl), else `cpu` (gloo). Under `srun` with
         one visible device per task that device is taken.
+
+    Raises:
+        DataError: names the ranks that did not arrive in time; or no network between them.
     """
     map_environment(os.environ)
     cuda = torch.cuda.is_available()
@@ -101,13 +108,98 @@ def initialise(timeout_minutes: int = 30) -> torch.device:
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(minutes=timeout_minutes),
-        )
+        store = _meet(timeout_minutes)
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=store,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timedelta(minutes=timeout_minutes),
+            )
+        except RuntimeError as error:
+            raise DataError(
+                f"rank {os.environ['RANK']} on {socket.gethostname()}: all ranks arrived, but no "
+                f"connection between them: {first_line(error)}. NCCL_SOCKET_IFNAME or "
+                "GLOO_SOCKET_IFNAME names the network interface to use"
+            ) from None
     return device
+
+
+def connect(timeout: timedelta, serve: bool = False) -> dist.Store:
+    """A connection of its own to the key-value store through which the ranks meet.
+
+    Args:
+        timeout: of waiting for the store and for keys. serve: keep the store in this process,
+            unless torchrun's agent already keeps it at this address.
+    """
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=serve and not agent,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+    # The agent's store outlives a restart of its ranks; old keys must not greet new ranks.
+    return dist.PrefixStore(f"unicl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _meet(timeout_minutes: float) -> dist.Store:
+    """The store, once all ranks have written their names; raises DataError with those missing."""
+    own, ranks = int(os.environ["RANK"]), range(int(os.environ["WORLD_SIZE"]))
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    limit = timedelta(minutes=timeout_minutes)
+    here = f"rank {own} on {socket.gethostname()}"
+    try:
+        store = connect(limit, serve=own == 0)
+    except dist.DistError as error:
+        trouble = "cannot listen" if own == 0 else f"rank 0 of {len(ranks)} did not arrive"
+        raise DataError(
+            f"{here}: {trouble} at {place} ({first_line(error)}). Is the port free on the node of "
+            "rank 0, and open to the other nodes? MASTER_ADDR and MASTER_PORT choose another place"
+        ) from None
+    try:
+        store.set(f"here/{own}", socket.gethostname())
+        store.wait([f"here/{r}" for r in ranks], limit)
+    except dist.DistNetworkError as error:
+        raise DataError(
+            f"{here}: rank 0 at {place} left while this rank waited for the others; its own "
+            f"message says why ({first_line(error)})"
+        ) from None
+    except dist.DistStoreError:
+        raise DataError(absent(store, "here", ranks, f"at {place}", timeout_minutes)) from None
+    return store
+
+
+def absent(
+    store: dist.Store, key: str, ranks: Sequence[int], where: str, timeout_minutes: float
+) -> str:
+    """Words that name the ranks without `key`/RANK in the store; `where`: "at the all-reduce"."""
+    missing = [r for r in ranks if not store.check([f"{key}/{r}"])]
+    return (
+        f"{spans(missing)} of {len(ranks)} did not arrive {where} within {timeout_minutes:g} "
+        "minutes; look for their own messages and at their nodes, and check that the launcher "
+        "started as many processes as WORLD_SIZE says"
+    )
+
+
+def spans(ranks: Sequence[int]) -> str:
+    """`rank 3` or `ranks 0-2, 5` for a sorted list of ranks."""
+    runs: list[list[int]] = []
+    for number in ranks:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {words}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines after the first; its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def rank() -> int:
@@ -145,3 +237,9 @@ def finish() -> None:
     """Leave the process group in an orderly way."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from engine.dist_check import main
+
+    run_cli(main)
