@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
 from loaders.texts import BadText, TextOptions, label_text, read_caption
 from loaders.views import BadImage, View, decode
+from loaders.workers import ReadingNotes
 
 ATTEMPTS = 10
 CAPTION_LABELS = ("unique", "by_text")
@@ -76,6 +78,7 @@ class TripletDataset(Dataset):
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
         self.caption_labels = caption_labels
         self.ends = np.cumsum([len(source) for source in self.sources])
+        self.notes = ReadingNotes(0)  # a worker gets its loader's
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -89,11 +92,16 @@ class TripletDataset(Dataset):
         """Global sample id of a sample of a source."""
         return int(self.ends[source]) - len(self.sources[source]) + index
 
+    def describe(self, uid: int) -> dict[str, str]:
+        """`source`, `shard` and `key` of a global sample id."""
+        sample = self._describe(*self.locate(uid), "")
+        return {"source": sample.source, "shard": sample.shard, "key": sample.key}
+
     def __getitem__(self, address: tuple[int, int, int]) -> dict:
         """Sample of one position: image (V, 3, H, W) uint8, text (T, L), and numbers.
 
         A bad sample is recorded and replaced by another of its source. Raises `DataError` after
-        ATTEMPTS bad ones.
+        ATTEMPTS bad ones, and for a sample whose shard cannot be read or whose decoding fails.
         """
         step, position, uid = (int(number) for number in address)
         source, index = self.locate(uid)
@@ -104,11 +112,17 @@ class TripletDataset(Dataset):
                     self.sources[source]
                 )
             try:
-                sample = self._make(source, index, _hash(self.seed, step, position, attempt))
+                with self.notes.reading(source, index):
+                    sample = self._make(source, index, _hash(self.seed, step, position, attempt))
             except (BadImage, BadText) as error:
                 bad.append(self._describe(source, index, error.reason))
             except MissingMember:
                 bad.append(self._describe(source, index, "no_image"))
+            except (OSError, RuntimeError, ValueError, MemoryError) as error:
+                where = self._describe(source, index, "")
+                raise DataError(
+                    f"{where.shard}, sample {where.key!r}: {type(error).__name__}: {error}"
+                ) from error
             else:
                 uid = self.uid(source, index)
                 return {**sample, "uid": uid, "source": source, "step": step, "bad": bad}
@@ -201,14 +215,23 @@ def make_loader(
     start_step: int,
     end_step: int,
     workers: int,
+    notes: ReadingNotes | None = None,
+    timeout: float = 0,
 ) -> DataLoader:
-    """Loader of the micro-batches of one rank, in order; resuming is a later `start_step`."""
+    """Loader of the micro-batches of one rank, in order; resuming is a later `start_step`.
+
+    Args:
+        notes: in which the workers note what they read. timeout: seconds after which a batch
+            that has not come from the workers is a RuntimeError, for `notes.explain`; 0: none.
+    """
+    notes = notes or ReadingNotes(workers)
     return DataLoader(
         dataset,
         batch_sampler=StepBatches(order, rank, world_size, micro_batch, start_step, end_step),
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        timeout=timeout if workers else 0,
+        worker_init_fn=partial(_start_worker, notes=notes),
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else its start draws from the trainer's generator
@@ -275,7 +298,7 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(worker: int, notes: ReadingNotes) -> None:
     """Workers leave signals that go to the whole job to the trainer, and use one core each.
 
     SLURM sends TERM and USR1 to every process of a step: a worker that died of it would break
@@ -285,3 +308,5 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    notes.start(worker)
+    torch.utils.data.get_worker_info().dataset.notes = notes
