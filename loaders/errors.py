@@ -1,7 +1,7 @@
 """Errors that a person caused and can mend: each carries the exit code of the process.
 
 Exit codes (the same in every command): 0 done, 2 wrong usage or configuration, 3 data or
-pre-flight refused, 4 non-finite loss, 5 too many bad samples.
+pre-flight refused, 4 non-finite loss, 5 too many bad samples, 6 a rank stopped answering.
 """
 
 import sys
@@ -36,6 +36,12 @@ class TooManyBadSamples(UserError):
     """More samples were unreadable than the configuration allows (exit 5)."""
 
     exit_code = 5
+
+
+class LostRank(UserError):
+    """Other ranks ended, stopped, or did not reach a collective operation in time (exit 6)."""
+
+    exit_code = 6
 
 
 def run_cli(main: Callable[[], None]) -> None:
