@@ -1,7 +1,13 @@
 """Speed and remaining time, measured over the last window of steps."""
 
+import statistics
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+SLOW = 0.5  # of the median speed; below it a window is worth a warning
+ENOUGH = 5  # windows that make a median
 
 
 class Clock:
@@ -9,13 +15,22 @@ class Clock:
 
     Args:
         global_batch: samples of a step. steps: of the whole run. window: steps looked back on;
-            the first step of a process, which warms up, is left out.
+            the first step of a process, which warms up, is left out. now: time in seconds.
     """
 
-    def __init__(self, global_batch: int, steps: int, window: int = 50):
-        self.global_batch, self.steps = global_batch, steps
+    def __init__(
+        self,
+        global_batch: int,
+        steps: int,
+        window: int = 50,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self.global_batch, self.steps, self.now = global_batch, steps, now
         self.marks: deque[tuple[float, float]] = deque(maxlen=window + 1)
-        self.waiting = 0.0
+        self.waiting = self.left_out = 0.0
+        self.ticks = 0
+        self.speeds: list[float] = []  # samples/s between two reads, of this process
+        self.last_read: tuple[int, float] | None = None
 
     def waited(self, seconds: float) -> None:
         """Add time that a step spent waiting for its data."""
@@ -23,23 +38,62 @@ class Clock:
 
     def tick(self) -> None:
         """Call at the end of each step."""
-        self.marks.append((time.perf_counter(), self.waiting))
+        self.ticks += 1
+        self.marks.append((self.now() - self.left_out, self.waiting))
 
-    def pause(self) -> None:
-        """Leave out the time until the next step: something else than training took it."""
-        self.marks.clear()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of something else than training: a save, an evaluation."""
+        start = self.now()
+        yield
+        self.left_out += self.now() - start
 
-    def read(self, done: int) -> dict[str, float]:
-        """`samples_per_second`, `data_seconds` per step, `eta_seconds`; empty before two steps."""
+    def read(self, done: int, waits: Sequence[float]) -> dict[str, float]:
+        """Facts for the log; empty before two steps.
+
+        Args:
+            done: steps. waits: seconds that each rank waited for data since the last read.
+
+        Returns:
+            `samples_per_second`, `data_seconds` per step and `eta_seconds` over the steps looked
+            back on; over the steps since the last read `data_share`, the largest share of the
+            time that a rank waited for data, and `speed_ratio`, the speed over the median of
+            such speeds of this process, once there are ENOUGH.
+        """
         if len(self.marks) < 2:
             return {}
         (start, waited), (end, waiting) = self.marks[0], self.marks[-1]
         seconds = (end - start) / (len(self.marks) - 1)
-        return {
+        facts = {
             "samples_per_second": self.global_batch / seconds,
             "data_seconds": (waiting - waited) / (len(self.marks) - 1),
             "eta_seconds": seconds * (self.steps - done),
         }
+        before, self.last_read = self.last_read, (self.ticks, end)
+        if before is not None and self.ticks > before[0]:
+            facts["data_share"] = max(waits) / (end - before[1])
+            speed = self.global_batch * (self.ticks - before[0]) / (end - before[1])
+            if len(self.speeds) >= ENOUGH:
+                facts["speed_ratio"] = speed / statistics.median(self.speeds)
+            self.speeds.append(speed)
+        return facts
+
+
+def slow_line(facts: dict[str, float], waits: Sequence[float]) -> str | None:
+    """A warning for a window slower than SLOW times the median, or None; arguments as `read`."""
+    ratio = facts.get("speed_ratio", 1.0)
+    if ratio >= SLOW:
+        return None
+    share, rank = facts["data_share"], max(range(len(waits)), key=waits.__getitem__)
+    advice = (
+        "its file system or data.workers are the bottleneck"
+        if share > 0.5
+        else "data is not the reason: look at other jobs on the nodes, clocks, the network"
+    )
+    return (
+        f"warning: this window ran at {100 * ratio:.0f} % of the run's median speed; rank {rank} "
+        f"waited for data {100 * share:.0f} % of the time, the most of all ranks: {advice}"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import losses
+from engine import mirrors
 from loaders.errors import ConfigError
 from models.config import ModelConfig
 
@@ -51,6 +52,10 @@ class TrainConfig:
     steps: int | None = None
     epoch_samples: int | None = None  # samples of an epoch; null: all samples of all sources
     grad_checkpointing: bool = False
+    # Logged windows in a row with a loss or gradient that is NaN or infinite before the run ends.
+    # One may be a single batch whose update DeepSpeed skipped; three in a row do not pass by
+    # themselves. Weights that are not finite end the run at once.
+    max_nonfinite_windows: int = 3
 
 
 @dataclass
@@ -73,11 +78,13 @@ class OptimConfig:
 
 @dataclass
 class LogConfig:
-    """Console line, metrics.jsonl and checkpoints, in optimizer steps."""
+    """Console line, metrics.jsonl and checkpoints, in optimizer steps; where else to log."""
 
     every_steps: int = 10
     save_every_steps: int = 1000
     keep_last: int = 2
+    report_to: Any = None  # wandb,tensorboard or one of them: mirrors of metrics.jsonl
+    wandb_project: str = "unicl"
 
 
 @dataclass
@@ -105,7 +112,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evals: EvalsConfig = field(default_factory=EvalsConfig)
-    timeout_minutes: int = 30  # of a collective operation
+    timeout_minutes: float = 30  # of a collective operation; half of it for a batch of data
 
 
 # Keys that may not stay null, with what they decide. Of several alternatives one is needed.
@@ -183,6 +190,7 @@ def check(cfg: DictConfig) -> None:
     for section, key in (
         ("train", "global_batch"),
         ("train", "accumulation"),
+        ("train", "max_nonfinite_windows"),
         ("log", "every_steps"),
         ("log", "save_every_steps"),
         ("log", "keep_last"),
@@ -190,6 +198,9 @@ def check(cfg: DictConfig) -> None:
     ):
         if cfg[section][key] < 1:
             raise ConfigError(f"{section}.{key}={cfg[section][key]} must be at least 1")
+    if cfg.timeout_minutes <= 0:
+        raise ConfigError(f"timeout_minutes={cfg.timeout_minutes} must be positive")
+    mirrors.chosen(cfg.log.report_to)
     if not 0 <= cfg.data.max_bad_fraction <= 1:
         raise ConfigError(f"data.max_bad_fraction={cfg.data.max_bad_fraction} must be in [0, 1]")
     if cfg.data.augmentation == "mixup_cutmix":

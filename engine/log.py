@@ -1,4 +1,7 @@
-"""What a run says: console and log.txt for people, metrics.jsonl for everything else."""
+"""What a run says: console and log.txt for people, metrics.jsonl for everything else.
+
+TensorBoard and wandb are mirrors of metrics.jsonl (engine/mirrors.py).
+"""
 
 import json
 import os
@@ -7,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
 from engine import dist
 from engine.clock import duration
+from engine.mirrors import Mirrors
 
 # Sums over samples that the log is made of, in the order of the vector reduced over ranks.
 SUMS = (
     "batches", "loss", "rows", "floor", "positives",
-    "label_rows", "label_loss", "text_rows", "text_loss", "bad",
+    "label_rows", "label_loss", "text_rows", "text_loss", "bad", "nonfinite",
 )  # fmt: skip
 
 
@@ -25,14 +30,16 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self.waited = 0.0  # seconds that this rank waited for data
 
-    def add(self, out: dict[str, Tensor], labels: Tensor, bad: int) -> None:
+    def add(self, out: dict[str, Tensor], labels: Tensor, bad: int, nonfinite: Tensor) -> None:
         """One step of this rank.
 
         Args:
             out: `loss` scalar, optionally `sample_loss` (b,) and `positives` (b,).
             labels: (b,) int64, >= 0 for image-label samples.
             bad: samples of the step that were unreadable and replaced.
+            nonfinite: bool scalar, see `engine.finite`.
         """
         sample_loss = out.get("sample_loss", torch.zeros_like(labels, dtype=torch.float32))
         positives = out.get("positives", torch.ones_like(labels)).double()
@@ -40,38 +47,64 @@ class Meter:
         items = (
             1, out["loss"], len(labels), positives.log().sum(), positives.sum(),
             label.sum(), sample_loss[label].sum(), (~label).sum(), sample_loss[~label].sum(), bad,
+            nonfinite,
         )  # fmt: skip
         self.sums += torch.stack(
             [torch.as_tensor(x, device=self.sums.device).double() for x in items]
         )
 
-    def read(self) -> dict[str, float]:
-        """Means over all ranks since the last call; starts anew."""
-        sums = dict(zip(SUMS, dist.sum_over_ranks(self.sums).tolist(), strict=True))
+    def read(self) -> tuple[dict[str, float], list[float]]:
+        """Means over all ranks since the last call, and the seconds that each rank waited for
+        data; starts anew. One reduction for everything."""
+        waits = torch.zeros(dist.world_size(), dtype=torch.float64, device=self.sums.device)
+        waits[dist.rank()] = self.waited
+        values = dist.sum_over_ranks(torch.cat([self.sums, waits])).tolist()
+        sums = dict(zip(SUMS, values, strict=False))
         self.sums = torch.zeros_like(self.sums)
+        self.waited = 0.0
         rows = sums["rows"]
         record = {
             "loss": sums["loss"] / sums["batches"],
             "floor": sums["floor"] / rows,
             "mean_positives": sums["positives"] / rows,
             "bad_samples": int(sums["bad"]),
+            "nonfinite": int(sums["nonfinite"]),
             "rows": int(rows),
         }
         for name, key in (("image_label", "label"), ("image_text", "text")):
             if sums[f"{key}_rows"]:
                 record[f"loss_{name}"] = sums[f"{key}_loss"] / sums[f"{key}_rows"]
-        return record
+        return record, values[len(SUMS) :]
+
+    def state(self) -> list[list[float]]:
+        """Sums of every rank since the last `read`, for a checkpoint inside a window; collective.
+
+        Every rank's row of its own, because adding up in another order changes the last bits.
+        """
+        rows = torch.zeros(dist.world_size(), len(SUMS), dtype=torch.float64)
+        rows[dist.rank()] = self.sums.cpu()
+        return dist.sum_over_ranks(rows.to(self.sums.device)).tolist()
+
+    def restore(self, rows: list[list[float]]) -> None:
+        """Go on from `state`; with another number of ranks the first one takes all rows."""
+        if len(rows) == dist.world_size():
+            own = rows[dist.rank()]
+        else:
+            own = [sum(column) * (dist.rank() == 0) for column in zip(*rows, strict=True)]
+        self.sums = torch.tensor(own, dtype=torch.float64, device=self.sums.device)
 
 
 class RunLog:
-    """The run folder's `log.txt` and `metrics.jsonl`, and the console; silent but on rank 0.
+    """The run folder's `log.txt` and `metrics.jsonl`, the console, and the mirrors of
+    `log.report_to`; silent but on rank 0.
 
     Args:
         folder: the run folder. step: steps already done; later lines of an earlier attempt are
             cut from metrics.jsonl, so that every step stands there once. steps: of the run.
+        cfg: of the run.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int):
+    def __init__(self, folder: Path, step: int, steps: int, cfg: DictConfig):
         self.active = dist.rank() == 0
         self.steps = steps
         if not self.active:
@@ -79,6 +112,7 @@ class RunLog:
         self.metrics = folder / "metrics.jsonl"
         self.text = folder / "log.txt"
         _keep_until(self.metrics, step)
+        self.mirrors = Mirrors(cfg, folder, step, self.say)
         self.bar = tqdm(
             total=steps, initial=step, unit="step", disable=None, file=sys.stdout, leave=False
         )
@@ -88,6 +122,11 @@ class RunLog:
         if self.active:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
+            self.note(line)
+
+    def note(self, line: str) -> None:
+        """One line to log.txt alone: what stderr says anyway."""
+        if self.active:
             with self.text.open("a") as file:
                 file.write(line + "\n")
 
@@ -102,7 +141,23 @@ class RunLog:
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self.mirrors.record(record)
         self.say(format_line(record, self.steps))
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        """A result row of an evaluation during training."""
+        if self.active:
+            self.mirrors.evaluated(row)
+            self.say(
+                f"evaluated step {row['step']}: {row['dataset']} {row['task']} {row['metric']} "
+                f"{row['value']:.2f}"
+            )
+
+    def close(self, failed: bool = False) -> None:
+        """No more records will come."""
+        if self.active:
+            self.bar.close()
+            self.mirrors.close(failed)
 
 
 def format_line(record: dict[str, Any], steps: int) -> str:
@@ -129,6 +184,28 @@ def format_line(record: dict[str, Any], steps: int) -> str:
     return " | ".join(parts)
 
 
+def write_window(folder: Path, step: int, rows: list[list[float]], keep: int) -> None:
+    """RUN/window.jsonl: the sums of a window that a checkpoint cuts in two; rank 0 writes.
+
+    Args:
+        step: of the checkpoint. rows: `Meter.state()`. keep: checkpoints that are kept.
+    """
+    if dist.rank() == 0:
+        path = folder / "window.jsonl"
+        _keep_until(path, step - 1)
+        before = path.read_text().splitlines()[-keep:] if path.exists() else []
+        lines = [*before, json.dumps({"step": step, "rows": rows})]
+        _replace(path, lines)
+
+
+def read_window(folder: Path, step: int) -> list[list[float]] | None:
+    """What `write_window` kept for a step, or None if it ended a window."""
+    path = folder / "window.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = [json.loads(line) for line in lines]
+    return next((entry["rows"] for entry in entries if entry["step"] == step), None)
+
+
 def _keep_until(path: Path, step: int) -> None:
     """Rewrite a JSONL file without the records after `step`; a line cut off half-way goes too."""
     if not path.exists():
@@ -140,6 +217,10 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
+    _replace(path, kept)
+
+
+def _replace(path: Path, lines: list[str]) -> None:
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(line + "\n" for line in kept))
+    scratch.write_text("".join(line + "\n" for line in lines))
     os.replace(scratch, path)

@@ -1,7 +1,6 @@
 """The training loop: order, step, log, save, stop. Everything a method does not have to know."""
 
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +11,16 @@ from omegaconf import OmegaConf
 
 import models
 from engine import build, checkpoint, dist, ds, optim
-from engine.clock import Clock
-from engine.log import Meter, RunLog
+from engine.clock import Clock, slow_line
+from engine.finite import FiniteGuard
+from engine.log import Meter, RunLog, read_window, write_window
 from engine.schedule import learning_rate
 from engine.signals import StopRequest, requeue
 from engine.step import Batch, Stepper
+from engine.watch import Watch
 from loaders.batch import BadSampleCounter, make_loader
-from loaders.errors import NonFiniteLoss
 from loaders.views import normalize
+from loaders.workers import ReadingNotes
 from losses._gather import Gather
 
 
@@ -41,6 +42,8 @@ class Trainer:
         self.evaluate = evaluate
         self.plan, self.cfg, self.device = plan, plan.cfg, device
         self.folder = Path(plan.cfg.output_dir)
+        # Before anything long: from here on a rank that does not answer is named.
+        self.watch = Watch(self.cfg.timeout_minutes, self._last_words)
         self.identity = plan.identity()
         self.image = build.model_config(plan.cfg).image
         self.engine = build_engine(plan, device)
@@ -50,12 +53,17 @@ class Trainer:
             self.done = checkpoint.load(self.engine, last, self.identity)
         _write_run_folder(self.folder, plan)
         dist.barrier()
-        self.log = RunLog(self.folder, self.done, plan.steps)
+        self.log = RunLog(self.folder, self.done, plan.steps, self.cfg)
         self.log.say(plan.describe())
         if last:
             self.log.say(f"continuing {self.folder} after step {self.done}")
         self.stepper = Stepper(self.engine, Gather(), self.cfg.seed)
+        self.dataset = build.dataset(plan)
+        self.notes = ReadingNotes(self.cfg.data.workers)
+        self.guard = FiniteGuard(self.engine, plan, self.dataset, device)
         self.meter = Meter(device)
+        if self._inside_window() and (rows := read_window(self.folder, self.done)):
+            self.meter.restore(rows)
         self.clock = Clock(self.cfg.train.global_batch, plan.steps)
         self.bad = BadSampleCounter(self.cfg.data.max_bad_fraction)
         self.bad_total = self.seen_total = 0
@@ -65,14 +73,31 @@ class Trainer:
         """Train to the last step, or save and return when a signal asks to stop.
 
         Raises:
-            NonFiniteLoss: the loss of a logged window is NaN or infinite; the last checkpoint
-                is left as it is. TooManyBadSamples: see `data.max_bad_fraction`.
+            NonFiniteLoss: see `train.max_nonfinite_windows`; the last checkpoint is left as it is.
+            TooManyBadSamples: see `data.max_bad_fraction`. DataError: a data worker died or hangs.
+            LostRank: another rank ended, or did not reach a collective operation.
         """
+        try:
+            self._train()
+        except Exception as error:
+            reason = self._explain(error) or error
+            self.watch.stop(f"{type(reason).__name__}: {str(reason)[:300]}")
+            self.log.note(f"error: {reason}")
+            self.log.close(failed=True)
+            self.notes.end_workers()
+            if reason is error:
+                raise
+            raise reason from error
+        self.watch.stop()
+        self.log.close()
+
+    def _train(self) -> None:
         saved = self.done
         for micro_batches in self._steps():
             step = self.done
+            self.watch.at(step + 1, "forward, backward and update")
             rate = self._set_learning_rate(step)
-            out = self.stepper(step, micro_batches)
+            out = self._step(step, micro_batches)
             self.done += 1
             self.clock.tick()
             self._count(out, micro_batches)
@@ -83,24 +108,47 @@ class Trainer:
             due = self.evaluate and self.done % self.cfg.evals.every_steps == 0
             if stop or due or self.done % self.cfg.log.save_every_steps == 0:
                 target = self._save()
-                saved = self.done
-                if due and not stop:  # a job that is about to be killed has no time for it
+                saved = self.done if target else saved
+                if due and target and not stop:  # a job about to be killed has no time for it
                     self._evaluate(target)
             if stop:
                 name = signal.Signals(stop).name
-                self.log.say(f"stopped by {name} after a checkpoint")
+                kept = "a checkpoint" if saved == self.done else "the last good checkpoint"
+                self.log.say(f"stopped by {name} after {kept}")
                 if dist.rank() == 0:
                     self.log.say(requeue(name))
                 return
-        if saved != self.done:
-            self._save()
+        if saved != self.done and not self._save():
+            self.guard.abort("the last window had a loss or gradient that is not finite")
         self.log.say(f"finished after {self.done} steps: {self.folder}")
+
+    def _step(self, step: int, micro_batches: list[Batch]) -> dict:
+        try:
+            return self.stepper(step, micro_batches)
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # DeepSpeed has no type for it
+                raise
+            self.guard.gave_up(step + 1, micro_batches, dist.first_line(error))
+
+    def _explain(self, error: Exception) -> Exception | None:
+        """A message for people, if the error has a reason that they can mend."""
+        if not isinstance(error, RuntimeError):
+            return None
+        return self.notes.explain(error, self.dataset.sources) or self.watch.explain(error)
+
+    def _last_words(self, line: str) -> None:
+        if hasattr(self, "log"):
+            self.log.note(line)
+
+    def _inside_window(self) -> bool:
+        """Whether the step that was just done lies between two lines of the log."""
+        return self.done % self.cfg.log.every_steps != 0 and self.done != self.plan.steps
 
     def _steps(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each remaining step, normalised, on the device."""
         pieces = self.cfg.train.accumulation
         loader = make_loader(
-            build.dataset(self.plan),
+            self.dataset,
             self.plan.order,
             dist.rank(),
             dist.world_size(),
@@ -108,12 +156,18 @@ class Trainer:
             self.done,
             self.plan.steps,
             self.cfg.data.workers,
+            self.notes,
+            # Before the ranks that wait for this one give up: this one knows the sample.
+            timeout=0.5 * 60 * self.cfg.timeout_minutes,
         )
         batches = iter(loader)
         for _ in range(self.done, self.plan.steps):
+            self.watch.at(self.done + 1, "waiting for data")
             start = time.perf_counter()
             raw = [next(batches) for _ in range(pieces)]
-            self.clock.waited(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.clock.waited(seconds)
+            self.meter.waited += seconds
             yield [self._to_device(batch) for batch in raw]
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -142,42 +196,52 @@ class Trainer:
         labels = torch.cat([batch["label"] for batch in micro_batches])
         bad = [item for batch in micro_batches for item in batch["bad"]]
         self.bad.update(bad, len(labels))
-        self.meter.add(out, labels, len(bad))
+        flag = self.guard.add(self.done, out, micro_batches)
+        self.meter.add(out, labels, len(bad), flag)
 
     def _report(self, rate: float) -> None:
-        record = self.meter.read()
+        self.watch.at(self.done, "logging")
+        record, waits = self.meter.read()
         self.bad_total += record["bad_samples"]
         self.seen_total += record.pop("rows")
+        speed = self.clock.read(self.done, waits)
         record |= {
             "step": self.done,
             "samples": self.done * self.cfg.train.global_batch,
             "lr": rate,
             "scale": ds.scale(self.engine),
             "grad_norm": _gradient_norm(self.engine),
-            **self.clock.read(self.done),
+            **speed,
         }
         self.log.record(record)
+        if slow := slow_line(speed, waits):
+            self.log.say(slow)
         self.bad.check(self.bad_total, self.seen_total)
-        if not math.isfinite(record["loss"]):
-            raise NonFiniteLoss(
-                f"loss is {record['loss']} in the window that ends at step {self.done}; the last "
-                f"good checkpoint is kept. Lower optim.lr, set optim.grad_clip_norm, or use bf16 "
-                "instead of fp16, and run the same command again"
-            )
+        if warning := self.guard.close_window(record["nonfinite"]):
+            self.log.say(warning)
 
     def _evaluate(self, checkpoint: Path) -> None:
-        for row in self.evaluate(checkpoint):
-            self.log.say(
-                f"evaluated step {row['step']}: {row['dataset']} {row['task']} {row['metric']} "
-                f"{row['value']:.2f}"
-            )
-        dist.barrier()
-        self.clock.pause()
+        self.watch.at(self.done, "evaluating", patient=True)
+        with self.clock.paused():
+            for row in self.evaluate(checkpoint):
+                self.log.evaluated(row)
+            dist.barrier()
 
-    def _save(self) -> Path:
-        target = checkpoint.save(
-            self.engine, self.folder, self.done, self.identity, self.cfg.log.keep_last
-        )
+    def _save(self) -> Path | None:
+        """Save a checkpoint, unless it would not be a good one."""
+        self.watch.at(self.done, "saving", patient=True)
+        with self.clock.paused():
+            if not self.guard.may_save():
+                self.log.say(
+                    f"warning: no checkpoint of step {self.done}: its window has a loss or "
+                    "gradient that is not finite; the last good one is kept"
+                )
+                return None
+            if self._inside_window():
+                write_window(self.folder, self.done, self.meter.state(), self.cfg.log.keep_last)
+            target = checkpoint.save(
+                self.engine, self.folder, self.done, self.identity, self.cfg.log.keep_last
+            )
         self.log.say(f"saved {target}")
         return target
 
