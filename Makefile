@@ -1,6 +1,6 @@
 # make quickstart   environment, training under DeepSpeed on the shipped data, tables and pictures
 # make test         environment and all tests
-# make soak         the tests that take long: hundreds of processes killed (an hour)
+# make soak         a real SLURM, hundreds of processes killed, long fuzzing (an hour and more)
 # make lint         ruff
 # make bench        ratios against named peers, into benchmarks/results/ (an hour and more)
 
@@ -39,15 +39,14 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.plots --runs $(RUNS:%=$(RUN)/%) --results $(RUN)/results --output $(RUN)/report
 	$(BIN)/python -m eval.tables $(RUN)/results
 
-# The second part starts many processes of its own, which two workers would only slow down.
-PARALLEL := -n 2 --dist loadfile
-ALONE := tests/slurm tests/kill
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG:%=--ignore=%)
 
+# A real SLURM, and runs that are killed; then what is marked soak elsewhere.
+LONG := tests/slurm tests/kill
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m "soak or not soak" $(LONG)
+	$(BIN)/python -m pytest -m soak $(LONG:%=--ignore=%)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

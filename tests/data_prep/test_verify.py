@@ -1,5 +1,6 @@
 """verify.py over damaged tars, statistics and samples; closing, kept results, kill -9."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -350,17 +351,20 @@ def test_kill_9_keeps_the_checked_shards_and_leaves_no_worker(tmp_path):
 
 
 def test_a_killed_worker_is_said_and_costs_nothing(made):
-    (made / "shards" / "00001.tar").unlink()
-    os.mkfifo(made / "shards" / "00001.tar")  # a worker that reads it waits
     script = REPOSITORY / "data_prep" / "verify.py"
     command = [sys.executable, script, made, "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while len(list((made / "verify").glob("*.json"))) < 2:
+    workers = []
+    while len(workers) < 2:  # stopped while they start, before they have verified anything
         assert process.poll() is None
         time.sleep(0.005)
-    workers = [
-        p for p in psutil.Process(process.pid).children() if "spawn_main" in str(p.cmdline())
-    ]
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in str(child.cmdline()) and child not in workers:
+                    child.suspend()
+                    workers.append(child)
+    assert not list((made / "verify").glob("*.json"))
+    workers[1].resume()
     workers[0].kill()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3
