@@ -5,7 +5,7 @@
     sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 slurm/train.sbatch configs/NAME.yaml
 
 The same --output-dir continues a run that was stopped. Exit codes: 0 done, 2 wrong usage or
-configuration, 3 data or setup refused, 4 non-finite loss, 5 too many bad samples.
+configuration, 3 data or setup refused, 4 non-finite loss, 5 too many bad samples, 6 a rank lost.
 """
 
 import argparse
