@@ -202,6 +202,7 @@ def save_in_turn(rank, world_size, folder):
     for step in (1, 2, 3):
         save(step)
     by_hand(shutil.copytree, root / "step_0000002", root / "step_0000002_kept")
+    by_hand(shutil.copytree, root / "step_0000003", root / "step_0000004")
     by_hand((root / "step_0000009").mkdir)  # as an older version left it when it was killed
     by_hand((root / ".step_0000003.tmp").mkdir)
     by_hand((root / ".step_0000001.old").mkdir)
@@ -213,18 +214,18 @@ def save_in_turn(rank, world_size, folder):
     save(5, keep=1)
     save(9, keep=1)
     by_hand((root / "LAST_GOOD").unlink)
-    save(2)
+    save(2, keep=1)
     return seen
 
 
 def test_keep_policy_counts_the_line_of_last_good(outcomes):
-    one, two, three, five, nine = (f"step_000000{step}" for step in (1, 2, 3, 5, 9))
+    one, two, three, four, five, nine = (f"step_000000{step}" for step in (1, 2, 3, 4, 5, 9))
     assert outcomes["save_in_turn"][0] == [
         [one, f"{one}\n"],
         [one, two, f"{two}\n"],
         [two, three, f"{three}\n"],
-        [two, f"{two}_kept", three, nine, f"{three}\n"],
-        [f"{two}_kept", five, nine, f"{five}\n"],  # 3 was passed; 2 is more than 1 to keep
+        [two, f"{two}_kept", three, four, nine, f"{three}\n"],  # 4 is later and not counted
+        [f"{two}_kept", five, nine, f"{five}\n"],  # 3, 4 were passed; 2 is more than 1 to keep
         [f"{two}_kept", nine, f"{nine}\n"],
         [two, f"{two}_kept", nine, f"{two}\n"],  # without a pointer nothing is deleted
     ]

@@ -204,8 +204,8 @@ def check_end(kill: Kill, codes: list[int], where: str, run: Run) -> None:
     if kill.signal == signal.SIGKILL:
         victims = codes if kill.everyone else [codes[kill.victim]]
         assert set(victims) == {-signal.SIGKILL}, where
-        # A rank that lost its partner ends by itself, unless the two have not met yet.
-        alone = {1} if kill.point else {1, -signal.SIGTERM, 0}
+        # A rank that lost its partner ends by itself; in the rendezvous the launcher ends it.
+        alone = {1} if kill.point and rank.POINTS[kill.point].alone else {0, 1, -signal.SIGTERM}
         assert set(codes) <= alone | {-signal.SIGKILL}, where
     elif kill.point:
         assert codes == [0] * RANKS, where

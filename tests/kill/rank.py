@@ -31,12 +31,15 @@ class Point:
             or half of the files in the folder that it deletes are gone.
         path: only a call with an argument that ends so, or a file object of that name.
         rank: whose moment it is.
+        alone: whether the other rank notices by itself that this one is gone. In the rendezvous
+            of a group it waits for `timeout_minutes`, or until the launcher ends it.
     """
 
     target: str
     when: str = "before"
     path: str = ""
     rank: int = 0
+    alone: bool = True
 
 
 POINTS = {
@@ -46,7 +49,7 @@ POINTS = {
     "after the second rename": Point("os:replace", "after", "LAST_GOOD"),
     "reading a checkpoint": Point("torch:load", path="optim_states.pt", rank=1),
     "cutting metrics.jsonl": Point("os:replace", path="metrics.jsonl"),
-    "group joined": Point("deepspeed:initialize", rank=1),
+    "group joined": Point("deepspeed:initialize", rank=1, alone=False),
     "backward pass": Point("torch.autograd:backward", rank=1),
     "parts written": Point("engine.ds:full_state", rank=1),
     "optimizer part whole": Point("torch:save", "after", "optim_states.pt"),
