@@ -151,9 +151,12 @@ def _check_archive(path: Path) -> None:
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
-    """The sentence of torch's long message that names the object."""
+    """What torch's long message is about: the object that the file asks for, or its complaint."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it asks for {found.group(1)[:200]}"
     sentence = re.split(r"WeightsUnpickler error: ", str(error))[-1].partition(". ")[0]
-    return sentence.strip().partition("\n")[0][:300]
+    return sentence.strip().partition("\n")[0][:200]
 
 
 def digest(path: Path) -> str:

@@ -80,9 +80,9 @@ def png(width: int, height: int, bytes_per_pixel: int = 3, bits: int = 8) -> byt
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that states these sides and holds one row."""
+    """A PNG that states these sides and holds less than a row."""
     start = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = png_chunk(b"IDAT", zlib.compress(bytes(1 + 3 * width)))
+    body = png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", start) + body + png_chunk(b"IEND", b"")
 
 
