@@ -81,7 +81,14 @@ def connect(public_only: bool, address: tuple[str, int], timeout: float, source=
 def is_public(text: str) -> bool:
     """Whether an IP address is neither private, loopback, link-local, multicast nor reserved."""
     address = ipaddress.ip_address(text)
-    address = getattr(address, "ipv4_mapped", None) or address
+    if address.version == 6:
+        # Gateways hand these on to the IPv4 address that they hold: ::ffff:0:0/96, ::/96 (RFC
+        # 4291), 2002::/16 (6to4, RFC 3056) and 64:ff9b::/96 (NAT64, RFC 6052).
+        last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        compatible = int(address) >> 32 == 0
+        nat64 = address in ipaddress.ip_network("64:ff9b::/96")
+        address = address.ipv4_mapped or address.sixtofour or address
+        address = last if compatible or nat64 else address
     return address.is_global and not address.is_multicast
 
 

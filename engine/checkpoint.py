@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from engine import disk, dist, ds, universal
 from loaders.errors import DataError
+from models import weight_files
 
 POINTER = "LAST_GOOD"
 LEFT = ".step_*"  # of saves and deletions that were cut off
@@ -139,11 +140,13 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     facts = json.loads((checkpoint / "run.json").read_text())
     check_identity(facts, identity, checkpoint)
     here = (dist.world_size(), engine.zero_optimization_stage())
-    if (facts["world_size"], facts["zero_stage"]) != here:
-        converted = universal.convert(checkpoint, facts["zero_stage"], engine.device)
-        universal.load(engine, checkpoint, converted)
-        return int(facts["step"])
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    # DeepSpeed's own torch.load would run whatever a pickle asks for.
+    with weight_files.plain_data_only(checkpoint, ds.checkpoint_classes()):
+        if (facts["world_size"], facts["zero_stage"]) != here:
+            converted = universal.convert(checkpoint, facts["zero_stage"], engine.device)
+            universal.load(engine, checkpoint, converted)
+            return int(facts["step"])
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise DataError(f"DeepSpeed could not read {checkpoint}; see its message above")
     return int(facts["step"])

@@ -136,6 +136,18 @@ def initialise(
     return engine
 
 
+def checkpoint_classes() -> list[type]:
+    """The classes besides tensors and containers in DeepSpeed's checkpoints (0.19.8).
+
+    Read from files of ZeRO 0 to 3 with `torch.serialization.get_unsafe_globals_in_checkpoint`.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
 def full_state(engine) -> Iterator[tuple[str, Tensor]]:
     """(name, CPU tensor) of all weights and buffers, whole under every ZeRO stage; collective.
 

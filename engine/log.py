@@ -17,6 +17,7 @@ from tqdm import tqdm
 from engine import dist
 from engine.clock import duration
 from engine.mirrors import Mirrors
+from loaders.printable import printable
 
 # Sums over samples that the log is made of, in the order of the vector reduced over ranks.
 SUMS = (
@@ -120,6 +121,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line to the console and to log.txt."""
         if self.active:
+            line = printable(line)
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
             self.note(line)

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from loaders import manifest
+from loaders import manifest, views
 from loaders.errors import DataError
 
 SMALLEST_SIDE = 1.0  # pixels; narrower boxes teach nothing and break the targets
@@ -108,11 +107,11 @@ class Instances(Dataset):
         return image, target
 
     def _image(self, i: int) -> Tensor:
-        # Not `views.decode`: COCO's coordinates belong to the pixels as stored, EXIF aside.
+        # COCO's coordinates belong to the pixels as stored, EXIF aside.
         record = self.records[i]
         try:
-            image = Image.open(io.BytesIO(self.shards.read_image(i))).convert("RGB")
-        except (manifest.MissingMember, OSError, Image.DecompressionBombError) as error:
+            image = views.decode(self.shards.read_image(i), upright=False)
+        except (manifest.MissingMember, views.BadImage) as error:
             raise DataError(f"{self._where(i)}: unreadable image ({error})") from error
         if image.size != (record["width"], record["height"]):
             raise DataError(

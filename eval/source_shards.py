@@ -58,7 +58,10 @@ class ShardSource(Source):
     def _targets(self) -> np.ndarray:
         targets = np.zeros((len(self.labels), len(self.names or [])), dtype=bool)
         for i in range(len(self.labels)):
-            content = self.shards.read_json(i) or {}
+            try:
+                content = self.shards.read_json(i) or {}
+            except ValueError as error:
+                raise DataError(f"{self.where(i)}: .json cannot be read ({error})") from None
             labels = content.get("labels")
             if not isinstance(labels, list) or not all(
                 isinstance(c, int) and 0 <= c < targets.shape[1] for c in labels

@@ -116,8 +116,8 @@ class TripletDataset(Dataset):
                     sample = self._make(source, index, _hash(self.seed, step, position, attempt))
             except (BadImage, BadText) as error:
                 bad.append(self._describe(source, index, error.reason))
-            except MissingMember:
-                bad.append(self._describe(source, index, "no_image"))
+            except MissingMember as error:
+                bad.append(self._describe(source, index, error.reason))
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
                 where = self._describe(source, index, "")
                 raise DataError(
@@ -266,7 +266,7 @@ class BadSampleCounter:
         if total_seen < self.min_samples or total_bad <= self.max_fraction * total_seen:
             return
         counts = "".join(f"\n  {s}: {n} {reason}" for (s, reason), n in self.counts.most_common())
-        first = "".join(f"\n  {s.shard} sample {s.key}: {s.reason}" for s in self.first)
+        first = "".join(f"\n  {s.shard} sample {s.key!r}: {s.reason}" for s in self.first)
         raise TooManyBadSamples(
             f"{total_bad} bad among {total_seen} samples, more than the fraction "
             f"{self.max_fraction} that data.max_bad_fraction allows; replace the shards "

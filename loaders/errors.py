@@ -7,6 +7,8 @@ pre-flight refused, 4 non-finite loss, 5 too many bad samples, 6 a rank stopped 
 import sys
 from collections.abc import Callable
 
+from loaders.printable import printable
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what, where, and what to do next."""
@@ -49,5 +51,5 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None

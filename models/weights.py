@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 import models
@@ -230,7 +229,10 @@ def load_run(path: str | Path) -> LoadedRun:
     step = re.fullmatch(r"step_(\d+)", checkpoint.name)
     if step is None:
         raise DataError(f"{checkpoint}: folder name is not step_<number>")
-    cfg = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        cfg = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{run / 'config.yaml'}: {error}") from None
     if not isinstance(cfg, dict) or "model" not in cfg:
         raise DataError(f"{run / 'config.yaml'}: no `model:` section")
     try:
@@ -241,7 +243,7 @@ def load_run(path: str | Path) -> LoadedRun:
     prefix = "model."
     state = {
         name.removeprefix(prefix): value
-        for name, value in load_file(weights).items()
+        for name, value in weight_files.read(weights)[0].items()
         if name.startswith(prefix)
     }
     try:
