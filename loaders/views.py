@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_modes_mapping
 
 from loaders.errors import ConfigError
 
@@ -143,17 +144,23 @@ class _ReleaseView:
 
 
 class _EvalView:
+    """torchvision's Resize and CenterCrop without their dispatch: as long as a small drawing."""
+
     def __init__(self, resize: int, crop: int, mode: v2.InterpolationMode) -> None:
-        self._resize = resize
-        steps = [v2.Resize(resize, mode), v2.CenterCrop(crop), v2.PILToTensor()]
-        self._transform = v2.Compose(steps)
+        self._resize, self._crop = resize, crop
+        self._mode = pil_modes_mapping[mode]
 
     def __call__(self, image: Image.Image) -> Tensor:
         # A strip of 1 x 100,000 pixels is small, but not once its short side is resized.
-        longer = max(image.size) * self._resize // min(image.size)
-        if longer * self._resize > MAX_PIXELS:
+        shorter = min(image.size)
+        width, height = (int(self._resize * side / shorter) for side in image.size)
+        if width * height > MAX_PIXELS:
             raise BadImage("too_elongated", f"{image.width} x {image.height} pixels")
-        return self._transform(image)
+        if (width, height) != image.size:
+            image = image.resize((width, height), self._mode)
+        left, top = (round((side - self._crop) / 2) for side in (width, height))
+        image = image.crop((left, top, left + self._crop, top + self._crop))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _random_crop(size: int, scale: tuple[float, float]) -> v2.RandomResizedCrop:
