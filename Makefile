@@ -1,6 +1,6 @@
 # make quickstart   environment, training under DeepSpeed on the shipped data, tables and pictures
 # make test         environment and all tests
-# make soak         a real SLURM, hundreds of processes killed, long fuzzing (an hour and more)
+# make soak         runs killed fifty times and more, long fuzzing (an hour and more)
 # make lint         ruff
 # make bench        ratios against named peers, into benchmarks/results/ (an hour and more)
 
@@ -40,13 +40,11 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.tables $(RUN)/results
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(LONG:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# A real SLURM, and runs that are killed; then what is marked soak elsewhere.
-LONG := tests/slurm tests/kill
+# Hundreds of killed runs and long fuzzing: what is marked soak.
 soak: $(STAMP)
-	$(BIN)/python -m pytest -m "soak or not soak" $(LONG)
-	$(BIN)/python -m pytest -m soak $(LONG:%=--ignore=%)
+	$(BIN)/python -m pytest -m soak
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -72,8 +72,12 @@ def interrupt(folder, arguments, after, number):
     psutil.wait_procs(family, timeout=60)
 
 
+@pytest.mark.soak
 def test_killed_run_continues_to_the_last_bit(tmp_path):
-    """30 steps on 2 ranks = 15 and more, kill -9, same command: same trace, same weights."""
+    """30 steps on 2 ranks = 15 and more, kill -9, same command: same trace, same weights.
+
+    As tests/kill does it twenty times, but under torchrun.
+    """
     settings = ["train.steps=30", "log.save_every_steps=15", "--output-dir"]
     whole = start(*settings, str(tmp_path / "whole"), ranks=2)
     assert whole.returncode == 0, whole.stderr[:3000]

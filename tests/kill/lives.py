@@ -5,7 +5,6 @@ Ranks are forked from a server that has everything imported, so that a life cost
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.engine.test_train import CONFIG, trace
 from tests.kill import rank
-from tests.multiprocess import free_port
+from tests.multiprocess import fork_server, free_port
 
 RANKS = 2
 KEEP = 2
@@ -234,8 +233,7 @@ def random_kills(count: int, seed: int) -> list[Kill]:
 
 
 def _start(life: dict) -> list:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(rank.HEAVY))
+    context = fork_server()
     processes = []
     for number in range(RANKS):
         leader = processes[0].pid if processes else None

@@ -11,15 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a rank imports anyway; a fork server has it loaded already, so that a start takes a second.
-HEAVY = (
-    "engine.loop", "eval.in_training", "losses.unicl", "omegaconf._impl",
-    "torch._inductor.compile_fx", "deepspeed", "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.ops.op_builder.all_ops", "deepspeed.ops.triton_ops",
-    "deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage_1_and_2",
-    "setuptools",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Point:
