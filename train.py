@@ -43,6 +43,11 @@ def main() -> None:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
     cfg = config.load(arguments.config, overrides)
 
+    from engine.signals import StopRequest
+
+    # The imports below and the start take up to minutes, and preemption does not wait for them.
+    stop = None if arguments.dry_run else StopRequest()
+
     from engine import build, dist
 
     dist.map_environment(os.environ)
@@ -64,7 +69,7 @@ def main() -> None:
     from engine.loop import Trainer
 
     device = dist.initialise(cfg.timeout_minutes)
-    Trainer(plan, device, evaluate).run()
+    Trainer(plan, device, evaluate, stop).run()
     dist.finish()
 
 

@@ -31,6 +31,7 @@ class Trainer:
         plan: the checked plan. device: of this rank.
         evaluate: called on all ranks with the folder of a checkpoint every `evals.every_steps`
             steps; returns result rows on rank 0.
+        stop: made as early as possible, so that no signal finds the process without it.
     """
 
     def __init__(
@@ -38,15 +39,47 @@ class Trainer:
         plan: build.Plan,
         device: torch.device,
         evaluate: Callable[[Path], list[dict]] | None = None,
+        stop: StopRequest | None = None,
     ):
-        self.evaluate = evaluate
+        self.evaluate, self.stop = evaluate, stop or StopRequest()
         self.plan, self.cfg, self.device = plan, plan.cfg, device
         self.folder = Path(plan.cfg.output_dir)
         # Before anything long: from here on a rank that does not answer is named.
         self.watch = Watch(self.cfg.timeout_minutes, self._last_words)
+        self.notes = ReadingNotes(self.cfg.data.workers)
+        self.dataset = build.dataset(plan)
+        self.log: RunLog | None = None
+
+    def run(self) -> None:
+        """Train to the last step, or save and return when a signal asks to stop.
+
+        Raises:
+            NonFiniteLoss: see `train.max_nonfinite_windows`; the last checkpoint is left as it is.
+            TooManyBadSamples: see `data.max_bad_fraction`. DataError: a data worker died or hangs.
+            LostRank: another rank ended, or did not reach a collective operation.
+        """
+        try:
+            self._start()
+            self._train()
+        except Exception as error:
+            reason = self._explain(error) or error
+            self.watch.stop(f"{type(reason).__name__}: {str(reason)[:300]}")
+            if self.log:
+                self.log.note(f"error: {reason}")
+                self.log.close(failed=True)
+            self.notes.end_workers()
+            if reason is error:
+                raise
+            raise reason from error
+        self.watch.stop()
+        self.log.close()
+
+    def _start(self) -> None:
+        """Build the engine, continue the last good checkpoint, and open the log."""
+        plan = self.plan
         self.identity = plan.identity()
         self.image = build.model_config(plan.cfg).image
-        self.engine = build_engine(plan, device)
+        self.engine = build_engine(plan, self.device)
         self.done = 0
         last = checkpoint.last_good(self.folder)
         if last:
@@ -60,41 +93,18 @@ class Trainer:
             self.log.say(f"continuing {self.folder} after step {self.done}")
         graph_bytes = int(self.cfg.train.graph_memory_gb * 1e9)
         self.stepper = Stepper(self.engine, Gather(), self.cfg.seed, graph_bytes)
-        self.dataset = build.dataset(plan)
-        self.notes = ReadingNotes(self.cfg.data.workers)
-        self.guard = FiniteGuard(self.engine, plan, self.dataset, device)
-        self.meter = Meter(device)
+        self.guard = FiniteGuard(self.engine, plan, self.dataset, self.device)
+        self.meter = Meter(self.device)
         if self._inside_window() and (rows := read_window(self.folder, self.done)):
             self.meter.restore(rows)
         self.clock = Clock(self.cfg.train.global_batch, plan.steps)
         self.bad = BadSampleCounter(self.cfg.data.max_bad_fraction)
         self.bad_total = self.seen_total = 0
-        self.stop = StopRequest()
-
-    def run(self) -> None:
-        """Train to the last step, or save and return when a signal asks to stop.
-
-        Raises:
-            NonFiniteLoss: see `train.max_nonfinite_windows`; the last checkpoint is left as it is.
-            TooManyBadSamples: see `data.max_bad_fraction`. DataError: a data worker died or hangs.
-            LostRank: another rank ended, or did not reach a collective operation.
-        """
-        try:
-            self._train()
-        except Exception as error:
-            reason = self._explain(error) or error
-            self.watch.stop(f"{type(reason).__name__}: {str(reason)[:300]}")
-            self.log.note(f"error: {reason}")
-            self.log.close(failed=True)
-            self.notes.end_workers()
-            if reason is error:
-                raise
-            raise reason from error
-        self.watch.stop()
-        self.log.close()
 
     def _train(self) -> None:
         saved = self.done
+        if stop := dist.max_over_ranks(self.stop.received, self.device):
+            return self._leave(stop, "at the start, before its first step")
         for micro_batches in self._steps():
             step = self.done
             self.watch.at(step + 1, "forward, backward and update")
@@ -114,15 +124,17 @@ class Trainer:
                 if due and target and not stop:  # a job about to be killed has no time for it
                     self._evaluate(target)
             if stop:
-                name = signal.Signals(stop).name
                 kept = "a checkpoint" if saved == self.done else "the last good checkpoint"
-                self.log.say(f"stopped by {name} after {kept}")
-                if dist.rank() == 0:
-                    self.log.say(requeue(name))
-                return
+                return self._leave(stop, f"after {kept}")
         if saved != self.done and not self._save():
             self.guard.abort("the last window had a loss or gradient that is not finite")
         self.log.say(f"finished after {self.done} steps: {self.folder}")
+
+    def _leave(self, stop: int, when: str) -> None:
+        name = signal.Signals(stop).name
+        self.log.say(f"stopped by {name} {when}")
+        if dist.rank() == 0:
+            self.log.say(requeue(name))
 
     def _step(self, step: int, micro_batches: list[Batch]) -> dict:
         try:
@@ -139,7 +151,7 @@ class Trainer:
         return self.notes.explain(error, self.dataset.sources) or self.watch.explain(error)
 
     def _last_words(self, line: str) -> None:
-        if hasattr(self, "log"):
+        if self.log:
             self.log.note(line)
 
     def _inside_window(self) -> bool:

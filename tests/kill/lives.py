@@ -28,6 +28,7 @@ EVALUATE = 6
 STEPS = 33
 SETTINGS = (
     f"train.steps={STEPS}", f"log.save_every_steps={SAVE}", f"log.keep_last={KEEP}",
+    "timeout_minutes=1",
     f"evals.every_steps={EVALUATE}", "evals.tasks={zero_shot: [emoji_twemoji]}",
 )  # fmt: skip
 
@@ -204,12 +205,12 @@ def check_end(kill: Kill, codes: list[int], where: str, run: Run) -> None:
         victims = codes if kill.everyone else [codes[kill.victim]]
         assert set(victims) == {-signal.SIGKILL}, where
         # A rank that lost its partner ends by itself; in the rendezvous the launcher ends it.
-        alone = {1} if kill.point and rank.POINTS[kill.point].alone else {0, 1, -signal.SIGTERM}
+        alone = {6} if kill.point and rank.POINTS[kill.point].alone else {0, 6, -signal.SIGTERM}
         assert set(codes) <= alone | {-signal.SIGKILL}, where
     elif kill.point:
         assert codes == [0] * RANKS, where
     else:  # perhaps before the signal is caught
-        assert set(codes) <= {0, 1, -kill.signal, -signal.SIGTERM}, where
+        assert set(codes) <= {0, 6, -kill.signal, -signal.SIGTERM}, where
 
 
 def random_kills(count: int, seed: int) -> list[Kill]:
