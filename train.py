@@ -10,6 +10,8 @@ configuration, 3 data or setup refused, 4 non-finite loss, 5 too many bad sample
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 from loaders.errors import run_cli
 
@@ -65,6 +67,12 @@ def main() -> None:
             print(plan.describe())
             print(build.describe_parts(plan))
         return
+
+    if os.environ["RANK"] == "0":
+        from engine.run_lock import RunLock
+
+        # Before the ranks meet: a second job on the same folder ends here, and its ranks with it.
+        RunLock(Path(cfg.output_dir), lambda line: print(line, file=sys.stderr, flush=True))
 
     from engine.loop import Trainer
 
