@@ -74,7 +74,7 @@ def _facts(device: torch.device) -> dict[str, Any]:
     return {
         "rank": str(dist.rank()),
         "local rank": os.environ["LOCAL_RANK"],
-        "node": socket.gethostname(),
+        "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "process": str(os.getpid()),
         "device": f"{device}{name}",
         "backend": torch.distributed.get_backend(),

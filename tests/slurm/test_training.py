@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -186,6 +187,23 @@ def test_a_lost_node_requeues_and_scancel_does_not(cluster, whole, tmp_path):
     assert cluster.finished(job.id) == {"COMPLETED"}, job.text()
     assert f"continuing {job.folder} after step {cancelled}" in job.text()
     assert_equal_to_the_last_bit(job, whole)
+
+
+def test_the_check_shows_the_ranks_and_their_nodes(cluster, tmp_path):
+    """`python -m engine.dist --check` as docs/cluster.md gives it."""
+    output = tmp_path / "check.out"
+    job = cluster.submit(
+        *TWO_NODES, f"--output={output}", "--wrap", f"srun {sys.executable} -m engine.dist --check"
+    )
+    assert cluster.finished(job) == {"COMPLETED"}, output.read_text()
+    lines = output.read_text().splitlines()
+    rows = [line.split() for line in lines if line.startswith(("0 ", "1 "))]
+    assert [(row[0], row[2]) for row in rows] == [("0", "n1"), ("1", "n2")]
+    port = 10000 + int(job) % 50000
+    assert any(
+        re.fullmatch(rf"ranks 2, nodes 2, rank 0 at \S+ port {port}", line) for line in lines
+    )
+    assert lines[-1].startswith("all-reduce over 2 ranks: 3, as expected")
 
 
 @pytest.mark.soak
