@@ -16,7 +16,9 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import to_pil_image
 
+from loaders.crops import RandomCrop, TimmCrop, resizer, to_tensor
 from loaders.errors import ConfigError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
@@ -55,8 +57,17 @@ def decode(data: bytes, upright: bool = True) -> Image.Image:
         return _decode(data, upright)
 
 
-def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[float]) -> View:
+def build_train(
+    recipe: str,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    decode: str = "reference",
+) -> View:
     """A random view: PIL RGB image -> uint8 (3, size, size).
+
+    `decode`: `reference`, all resizing by Pillow as in torchvision and timm, or `fast`, by torch
+    (`loaders.crops`): the same boxes and random numbers, nearly the same pixels.
 
     Recipes:
         unicl_release: the settings in the configuration file that microsoft/UniCL ships
@@ -72,21 +83,19 @@ def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[flo
         none: resize of the shorter side and centre crop.
     Raises `ConfigError` for another name.
     """
+    resizer(decode)  # refuses another word
     if recipe == "unicl_release":
-        return _ReleaseView(size, mean, std)
+        return _ReleaseView(size, mean, std, decode)
     if recipe == "none":
-        return build_eval(size, size)
-    flip = v2.RandomHorizontalFlip()
+        return _EvalView(size, size, v2.InterpolationMode.BICUBIC, decode)
     if recipe == "paper":
-        steps = [_random_crop(size, (0.08, 1.0)), flip]
-    elif recipe == "clip":
-        steps = [_random_crop(size, (0.9, 1.0))]
-    elif recipe == "clipart":
+        return _CropView(RandomCrop(size, (0.08, 1.0), decode), flip=True)
+    if recipe == "clip":
+        return _CropView(RandomCrop(size, (0.9, 1.0), decode), flip=False)
+    if recipe == "clipart":
         jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
-        steps = [_random_crop(size, (0.6, 1.0)), flip, jitter]
-    else:
-        raise ConfigError(f"image views {recipe!r} are unknown; there are {', '.join(RECIPES)}")
-    return v2.Compose([*steps, v2.PILToTensor()])
+        return _CropView(RandomCrop(size, (0.6, 1.0), decode), True, jitter)
+    raise ConfigError(f"image views {recipe!r} are unknown; there are {', '.join(RECIPES)}")
 
 
 def build_eval(resize: int, crop: int, interpolation: str = "bicubic") -> View:
@@ -115,13 +124,31 @@ def normalize(
     return ((images.float() / 255 - shift) / scale).to(dtype)
 
 
+class _CropView:
+    """Crop, flip half of the images, and `then` another step on the PIL image.
+
+    The same random numbers as the v2 transforms, without their inspection of every argument.
+    """
+
+    def __init__(
+        self, crop: RandomCrop, flip: bool, then: Callable[[Image.Image], Image.Image] | None = None
+    ) -> None:
+        self._crop, self._flip, self._then = crop, flip, then
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        view = self._crop(image)
+        if self._flip and torch.rand(1).item() < 0.5:
+            view = view.flip(-1)
+        return to_tensor(self._then(to_pil_image(view))) if self._then else view
+
+
 class _ReleaseView:
     """timm's training transform, whose normalised result is turned back into uint8.
 
     Erasing draws its noise after normalisation; what lies outside 0-255 is clipped.
     """
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], decode: str) -> None:
         self._transform = create_transform(
             size,
             is_training=True,
@@ -134,6 +161,9 @@ class _ReleaseView:
             mean=tuple(mean),
             std=tuple(std),
         )
+        if decode == "fast":
+            first, *rest = self._transform.transforms
+            self._transform = v2.Compose([TimmCrop(first), *rest])
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
@@ -143,9 +173,13 @@ class _ReleaseView:
 
 
 class _EvalView:
-    def __init__(self, resize: int, crop: int, mode: v2.InterpolationMode) -> None:
+    def __init__(
+        self, resize: int, crop: int, mode: v2.InterpolationMode, decode: str = "reference"
+    ) -> None:
         self._resize = resize
-        steps = [v2.Resize(resize, mode), v2.CenterCrop(crop), v2.PILToTensor()]
+        steps = [v2.Resize(resize, mode), v2.CenterCrop(crop)]
+        # Before or after: on tensors torchvision resizes by torch, on PIL images by Pillow.
+        steps.insert(0 if decode == "fast" else 2, v2.PILToTensor())
         self._transform = v2.Compose(steps)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -154,10 +188,6 @@ class _EvalView:
         if longer * self._resize > MAX_PIXELS:
             raise BadImage("too_elongated", f"{image.width} x {image.height} pixels")
         return self._transform(image)
-
-
-def _random_crop(size: int, scale: tuple[float, float]) -> v2.RandomResizedCrop:
-    return v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC)
 
 
 def _decode(data: bytes, upright: bool) -> Image.Image:
