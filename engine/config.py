@@ -38,7 +38,7 @@ class DataConfig:
     templates: str | None = "unicl_81"  # preset of prompts/templates.json, or a file
     augmentation: str | None = "paper"  # recipe of loaders/views.py
     # reference | fast: training images resized by Pillow, the pixels of torchvision and timm to
-    # the bit, or by torch, at most a level or two away in less time
+    # the bit, or by torch, two levels of 255 away at most, in less time
     decode: str = "reference"
     workers: int = 4  # per rank
     max_bad_fraction: float = 0.01  # more unreadable samples than this end the run

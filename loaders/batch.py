@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from loaders.decoders import BadImage, Decoder, decode
 from loaders.errors import ConfigError, DataError, TooManyBadSamples
 from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
 from loaders.texts import BadText, TextOptions, label_text, read_caption
-from loaders.views import BadImage, View, decode
+from loaders.views import View
 from loaders.workers import ReadingNotes
 
 ATTEMPTS = 10
@@ -59,6 +60,7 @@ class TripletDataset(Dataset):
         seed: of the run.
         caption_labels: `unique`: a caption has the label -1; `by_text`: equal captions share a
             label <= -2 (Florence, arXiv 2111.11432, section 2.2).
+        decode: bytes -> what the views take (`loaders.decoders.decoder`).
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class TripletDataset(Dataset):
         tokenizer: Callable[[list[str]], Tensor],
         seed: int,
         caption_labels: str = "unique",
+        decode: Decoder = decode,
     ) -> None:
         if caption_labels not in CAPTION_LABELS:
             raise ConfigError(
@@ -77,7 +80,7 @@ class TripletDataset(Dataset):
             )
         self.sources, self.label_space, self.views = list(sources), label_space, list(views)
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
-        self.caption_labels = caption_labels
+        self.caption_labels, self.decode = caption_labels, decode
         self.ends = np.cumsum([len(source) for source in self.sources])
         self.notes = ReadingNotes(0)  # a worker gets its loader's
 
@@ -160,7 +163,7 @@ class TripletDataset(Dataset):
             caption = read_caption(shards, index, self.texts.caption_source)
             label = caption_group(caption) if self.caption_labels == "by_text" else PAIR
             texts = [caption] * self.texts.views
-        picture = decode(shards.read_image(index))
+        picture = self.decode(shards.read_image(index))
         _seed(seed)
         images = [view(picture) for view in self.views]
         image = torch.stack(images) if len(images) > 1 else images[0][None]
@@ -316,7 +319,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed would also seed the devices, whose generators belong to the trainer.
     """
     random.seed(seed)
-    np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 timm draws from it
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 timm draws from it
     torch.default_generator.manual_seed(seed)
 
 

@@ -1,60 +1,30 @@
-"""Images: bytes to RGB, training views and evaluation views.
+"""Images: training views and evaluation views (`loaders.decoders` makes pixels of bytes).
 
 Views are uint8 tensors (3, size, size), a quarter of the float bytes to move between processes
 and to the device; `normalize` runs there. All randomness comes from the global generators of
 `random`, numpy and torch, which `loaders.batch` seeds for each sample.
 """
 
-import io
-import itertools
-import warnings
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment, posterize
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.crops import RandomCrop, TimmCrop, resizer, to_tensor
+from loaders.crops import Picture, RandomCrop, TimmCrop, resizer, to_pixels, to_tensor
+from loaders.decoders import FORMATS as FORMATS
+from loaders.decoders import MAX_PIXELS, BadImage
+from loaders.decoders import decode as decode
+from loaders.decoders import decoder as decoder
 from loaders.errors import ConfigError
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
-# A progressive JPEG may repeat a scan of a few bytes a thousand times, and each takes as long as
-# the whole image (0.25 s at MAX_PIXELS). Real ones have about ten, hardly any are that large.
-MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
-# No others: Pillow would start an external program for some (EPS) that may hide behind `.jpg`.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_TILE = 2048  # pixels
 RECIPES = ("unicl_release", "paper", "clip", "clipart", "none")
 
-View = Callable[[Image.Image], Tensor]
-
-
-class BadImage(Exception):
-    """An image that cannot be used; `reason` is one short word for the counts."""
-
-    def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(f"{reason}: {detail}" if str(detail) else reason)
-        self.reason = reason
-
-
-def decode(data: bytes, upright: bool = True) -> Image.Image:
-    """Decode an image to RGB, first frame, transparency composited on white.
-
-    `upright`: turned as its EXIF data says; False for annotations of the pixels as stored.
-    Raises `BadImage` with reason `zero_bytes`, `not_an_image`, `too_large` (more than
-    MAX_PIXELS or MAX_SCANNED_PIXELS; found before decoding), `truncated`, `undecodable` or
-    `unsupported_mode`.
-    """
-    if not data:
-        raise BadImage("zero_bytes")
-    with warnings.catch_warnings():
-        # Pillow warns of large images, refused below, and of damaged meta data, of no use here.
-        warnings.simplefilter("ignore")
-        return _decode(data, upright)
+View = Callable[[Picture], Tensor]
 
 
 def build_train(
@@ -67,7 +37,8 @@ def build_train(
     """A random view: PIL RGB image -> uint8 (3, size, size).
 
     `decode`: `reference`, all resizing by Pillow as in torchvision and timm, or `fast`, by torch
-    (`loaders.crops`): the same boxes and random numbers, nearly the same pixels.
+    (`loaders.crops`): the same boxes and random numbers, nearly the same pixels. A fast view also
+    takes what the fast `decoder` gives.
 
     Recipes:
         unicl_release: the settings in the configuration file that microsoft/UniCL ships
@@ -135,8 +106,8 @@ class _CropView:
     ) -> None:
         self._crop, self._flip, self._then = crop, flip, then
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        view = self._crop(image)
+    def __call__(self, picture: Picture) -> Tensor:
+        view = self._crop(picture)
         if self._flip and torch.rand(1).item() < 0.5:
             view = view.flip(-1)
         return to_tensor(self._then(to_pil_image(view))) if self._then else view
@@ -161,15 +132,24 @@ class _ReleaseView:
             mean=tuple(mean),
             std=tuple(std),
         )
+        for step in self._transform.transforms:
+            for operation in step.ops if isinstance(step, RandAugment) else []:
+                if operation.aug_fn is posterize:
+                    operation.aug_fn = _posterize
         if decode == "fast":
             first, *rest = self._transform.transforms
             self._transform = v2.Compose([TimmCrop(first), *rest])
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        scaled = self._transform(image) * self._std + self._mean
+    def __call__(self, picture: Picture) -> Tensor:
+        scaled = self._transform(picture) * self._std + self._mean
         return (scaled * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """timm's step, which may ask for 0 bits: black, as in Pillow before it came to refuse that."""
+    return posterize(image, bits_to_keep) if bits_to_keep else Image.new("RGB", image.size)
 
 
 class _EvalView:
@@ -179,69 +159,13 @@ class _EvalView:
         self._resize = resize
         steps = [v2.Resize(resize, mode), v2.CenterCrop(crop)]
         # Before or after: on tensors torchvision resizes by torch, on PIL images by Pillow.
-        steps.insert(0 if decode == "fast" else 2, v2.PILToTensor())
+        steps = [to_pixels, *steps] if decode == "fast" else [*steps, v2.PILToTensor()]
         self._transform = v2.Compose(steps)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, picture: Picture) -> Tensor:
         # A strip of 1 x 100,000 pixels is small, but not once its short side is resized.
-        longer = max(image.size) * self._resize // min(image.size)
+        height, width = get_size(picture)
+        longer = max(height, width) * self._resize // min(height, width)
         if longer * self._resize > MAX_PIXELS:
-            raise BadImage("too_elongated", f"{image.width} x {image.height} pixels")
-        return self._transform(image)
-
-
-def _decode(data: bytes, upright: bool) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadImage("too_large", error) from None
-    except Exception as error:  # plug-ins raise anything on made-up headers
-        raise BadImage("not_an_image", error) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too_large", f"{image.width} x {image.height} pixels")
-    # In a scan, two bytes FF DA can only begin another: data bytes FF are followed by a zero.
-    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
-    if scans * image.width * image.height > MAX_SCANNED_PIXELS:
-        raise BadImage("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
-    try:
-        image.load()
-        return _to_rgb(_upright(image) if upright else image)
-    except BadImage:
-        raise
-    except Exception as error:
-        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
-        raise BadImage(reason, error) from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged EXIF data states no orientation; the pixels are good
-        return image
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise BadImage("unsupported_mode", "floating-point pixels have no known range")
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips at 255 and so turns nearly all to white.
-        values = np.array(image)  # in place from here: the largest images fill a gigabyte
-        np.right_shift(values, 8, out=values)
-        np.clip(values, 0, 255, out=values)
-        image = Image.fromarray(values.astype(np.uint8))
-    if image.has_transparency_data:
-        return _on_white(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB without transparency; in tiles, so that the copies on the way are small."""
-    result = Image.new("RGB", image.size)
-    starts = itertools.product(range(0, image.width, _TILE), range(0, image.height, _TILE))
-    for left, top in starts:
-        corner = min(left + _TILE, image.width), min(top + _TILE, image.height)
-        tile = image.crop((left, top, *corner)).convert("RGBA")
-        white = Image.new("RGBA", tile.size, "white")
-        result.paste(Image.alpha_composite(white, tile).convert("RGB"), (left, top))
-    return result
+            raise BadImage("too_elongated", f"{width} x {height} pixels")
+        return self._transform(picture)

@@ -92,7 +92,7 @@ def test_large_images_that_are_allowed_stay_within_the_memory_that_is_stated():
     """36 million pixels of every kind fit into three times 4 bytes a pixel."""
     code = """
 import sys
-from loaders import views
+from loaders import decoders, views
 from tests.hostile.parts import limit_memory, png
 makes = {"rgb": (3, 8), "rgba": (4, 8), "grey alpha": (2, 8), "grey 16": (2, 16)}
 data = {name: png(6000, 6000, *sizes) for name, sizes in makes.items()}
@@ -119,7 +119,7 @@ def test_tiles_of_transparent_images_meet(monkeypatch):
     """Against the whole image at once, for every way a PNG states transparency."""
     pixels = np.random.default_rng(0).integers(0, 256, (150, 131, 4), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    monkeypatch.setattr(views, "_TILE", 64)
+    monkeypatch.setattr(decoders, "_TILE", 64)
     ways = [
         (picture, {}), (picture.convert("LA"), {}),
         (picture.convert("RGB"), {"transparency": tuple(pixels[0, 0, :3].tolist())}),
