@@ -5,6 +5,7 @@ into contiguous micro-batches. Everything random about a sample follows from (se
 position in the global batch), so ranks, workers and micro-batches change nothing.
 """
 
+import gc
 import random
 import signal
 from collections import Counter
@@ -333,5 +334,7 @@ def _start_worker(worker: int, notes: ReadingNotes) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # What the trainer holds is never collected here: looking at it would copy its memory pages.
+    gc.freeze()
     notes.start(worker)
     torch.utils.data.get_worker_info().dataset.notes = notes

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep import folder as data_folder
 from data_prep.verify_shard import _image_faults
 from eval.source_shards import ShardSource
-from loaders import manifest, tokenizers, views
+from loaders import decoders, manifest, tokenizers, views
 from loaders.batch import TripletDataset
 from loaders.errors import DataError, run_cli
 from loaders.labels import LabelSpace
@@ -92,7 +92,7 @@ def test_large_images_that_are_allowed_stay_within_the_memory_that_is_stated():
     """36 million pixels of every kind fit into three times 4 bytes a pixel."""
     code = """
 import sys
-from loaders import decoders, views
+from loaders import views
 from tests.hostile.parts import limit_memory, png
 makes = {"rgb": (3, 8), "rgba": (4, 8), "grey alpha": (2, 8), "grey 16": (2, 16)}
 data = {name: png(6000, 6000, *sizes) for name, sizes in makes.items()}
