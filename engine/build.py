@@ -22,7 +22,7 @@ from models.config import ModelConfig
 IDENTITY = (
     "seed", "loss", "model", "train.global_batch", "data.sampler", "data.ratios",
     "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
-    "data.templates", "data.augmentation",
+    "data.templates", "data.augmentation", "data.decode",
 )  # fmt: skip
 
 
@@ -127,7 +127,11 @@ def dataset(plan: Plan) -> TripletDataset:
         plan.labels,
         views=[
             views.build_train(
-                cfg.data.augmentation, model.image.size, model.image.mean, model.image.std
+                cfg.data.augmentation,
+                model.image.size,
+                model.image.mean,
+                model.image.std,
+                cfg.data.decode,
             )
         ]
         * plan.method.views["image"],
@@ -135,6 +139,7 @@ def dataset(plan: Plan) -> TripletDataset:
         tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
+        decode=views.decoder(cfg.data.decode),
     )
 
 

@@ -5,6 +5,7 @@ into contiguous micro-batches. Everything random about a sample follows from (se
 position in the global batch), so ranks, workers and micro-batches change nothing.
 """
 
+import gc
 import random
 import signal
 from collections import Counter
@@ -17,16 +18,18 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from loaders.decoders import BadImage, Decoder, decode
 from loaders.errors import ConfigError, DataError, TooManyBadSamples
 from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
 from loaders.texts import BadText, TextOptions, label_text, read_caption
-from loaders.views import BadImage, View, decode
+from loaders.views import View
 from loaders.workers import ReadingNotes
 
 ATTEMPTS = 10
+TENSORS = ("image", "text")
 CAPTION_LABELS = ("unique", "by_text")
 
 
@@ -58,6 +61,7 @@ class TripletDataset(Dataset):
         seed: of the run.
         caption_labels: `unique`: a caption has the label -1; `by_text`: equal captions share a
             label <= -2 (Florence, arXiv 2111.11432, section 2.2).
+        decode: bytes -> what the views take (`loaders.decoders.decoder`).
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class TripletDataset(Dataset):
         tokenizer: Callable[[list[str]], Tensor],
         seed: int,
         caption_labels: str = "unique",
+        decode: Decoder = decode,
     ) -> None:
         if caption_labels not in CAPTION_LABELS:
             raise ConfigError(
@@ -76,7 +81,7 @@ class TripletDataset(Dataset):
             )
         self.sources, self.label_space, self.views = list(sources), label_space, list(views)
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
-        self.caption_labels = caption_labels
+        self.caption_labels, self.decode = caption_labels, decode
         self.ends = np.cumsum([len(source) for source in self.sources])
         self.notes = ReadingNotes(0)  # a worker gets its loader's
 
@@ -98,11 +103,26 @@ class TripletDataset(Dataset):
         return {"source": sample.source, "shard": sample.shard, "key": sample.key}
 
     def __getitem__(self, address: tuple[int, int, int]) -> dict:
-        """Sample of one position: image (V, 3, H, W) uint8, text (T, L), and numbers.
+        """Sample of one position; as `__getitems__`."""
+        return self.__getitems__([address])[0]
 
-        A bad sample is recorded and replaced by another of its source. Raises `DataError` after
-        ATTEMPTS bad ones, and for a sample whose shard cannot be read or whose decoding fails.
+    def __getitems__(self, addresses: Sequence[tuple[int, int, int]]) -> list[dict]:
+        """Samples of several positions: image (V, 3, H, W) uint8, text (T, L), and numbers.
+
+        Called by torch's loader; the texts of all are tokenized in one call, and the trainer's
+        random state is put aside once. A bad sample is recorded and replaced by another of its
+        source. Raises `DataError` after ATTEMPTS bad ones, and for a sample whose shard cannot
+        be read or whose decoding fails.
         """
+        with _generators_kept():
+            samples = [self._sample(address) for address in addresses]
+        ids = self.tokenizer([text for sample in samples for text in sample["text"]])
+        for sample, rows in zip(samples, ids.split(self.texts.views), strict=True):
+            sample["text"] = rows
+        return samples
+
+    def _sample(self, address: tuple[int, int, int]) -> dict:
+        """One sample, its texts as strings."""
         step, position, uid = (int(number) for number in address)
         source, index = self.locate(uid)
         bad = []
@@ -144,10 +164,11 @@ class TripletDataset(Dataset):
             caption = read_caption(shards, index, self.texts.caption_source)
             label = caption_group(caption) if self.caption_labels == "by_text" else PAIR
             texts = [caption] * self.texts.views
-        picture = decode(shards.read_image(index))
-        with _seeded(seed):
-            image = torch.stack([view(picture) for view in self.views])
-        return {"image": image, "text": self.tokenizer(texts), "label": label}
+        picture = self.decode(shards.read_image(index))
+        _seed(seed)
+        images = [view(picture) for view in self.views]
+        image = torch.stack(images) if len(images) > 1 else images[0][None]
+        return {"image": image, "text": texts, "label": label}
 
     def _describe(self, source: int, index: int, reason: str) -> BadSample:
         shards = self.sources[source]
@@ -198,7 +219,8 @@ def collate(samples: Sequence[dict]) -> dict:
     image uint8 (b, V, 3, H, W); text int64 (b, T, L); label, uid, source int64 (b,); step int;
     bad: list of `BadSample`.
     """
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("image", "text")}
+    # In a worker it stacks straight into memory that is shared with the trainer.
+    batch = {name: default_collate([sample[name] for sample in samples]) for name in TENSORS}
     for name in ("label", "uid", "source"):
         batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
     batch["step"] = samples[0]["step"]
@@ -281,21 +303,25 @@ def _hash(*values: object) -> int:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global CPU generators, and put their states back afterwards.
-
-    torch.manual_seed would also seed the devices, whose generators belong to the trainer.
-    """
+def _generators_kept() -> Iterator[None]:
+    """Put the states of the global CPU generators back afterwards."""
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed([seed >> 32, seed & 0xFFFFFFFF])  # noqa: NPY002 timm draws from it
-        torch.default_generator.manual_seed(seed)
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _seed(seed: int) -> None:
+    """Seed the global CPU generators.
+
+    torch.manual_seed would also seed the devices, whose generators belong to the trainer.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 timm draws from it
+    torch.default_generator.manual_seed(seed)
 
 
 def _start_worker(worker: int, notes: ReadingNotes) -> None:
@@ -308,5 +334,7 @@ def _start_worker(worker: int, notes: ReadingNotes) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # What the trainer holds is never collected here: looking at it would copy its memory pages.
+    gc.freeze()
     notes.start(worker)
     torch.utils.data.get_worker_info().dataset.notes = notes

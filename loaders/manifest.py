@@ -5,6 +5,7 @@ without one: kind and classes are then found from the index of the tars. Only nu
 standard library are imported here, so that data preparation runs without torch.
 """
 
+import bisect
 import hashlib
 import json
 import os
@@ -69,12 +70,12 @@ class ShardSet:
         self.name, self.kind = name, kind
         self.classes, self.shards = list(classes), list(shards)
         self.shard_sizes = np.array([shard.samples for shard in shards], dtype=np.int64)
-        self._ends = np.cumsum(self.shard_sizes)
+        self._ends = np.cumsum(self.shard_sizes).tolist()  # searched for every read
         self._reader = ShardReader()
         self._index = lru_cache(maxsize=_OPEN_INDEXES)(open_index)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_index"}
@@ -139,11 +140,11 @@ class ShardSet:
         return f"{self.shard_of(i)}: sample {shown(self.key(i))}"
 
     def _row(self, i: int) -> tuple[str, np.void]:
-        if not 0 <= i < len(self):
+        if not 0 <= i < self._ends[-1]:
             raise IndexError(f"sample {i} of {len(self)} in {self.name}")
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        path = self.shards[number].path
-        return path, self._index(path)[i - int(self._ends[number]) + self.shards[number].samples]
+        number = bisect.bisect_right(self._ends, i)
+        shard = self.shards[number]
+        return shard.path, self._index(shard.path)[i - self._ends[number] + shard.samples]
 
     def _read(self, i: int, part: str) -> bytes | None:
         path, row = self._row(i)

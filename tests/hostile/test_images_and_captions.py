@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep import folder as data_folder
 from data_prep.verify_shard import _image_faults
 from eval.source_shards import ShardSource
-from loaders import manifest, tokenizers, views
+from loaders import decoders, manifest, tokenizers, views
 from loaders.batch import TripletDataset
 from loaders.errors import DataError, run_cli
 from loaders.labels import LabelSpace
@@ -119,7 +119,7 @@ def test_tiles_of_transparent_images_meet(monkeypatch):
     """Against the whole image at once, for every way a PNG states transparency."""
     pixels = np.random.default_rng(0).integers(0, 256, (150, 131, 4), dtype=np.uint8)
     picture = Image.fromarray(pixels)
-    monkeypatch.setattr(views, "_TILE", 64)
+    monkeypatch.setattr(decoders, "_TILE", 64)
     ways = [
         (picture, {}), (picture.convert("LA"), {}),
         (picture.convert("RGB"), {"transparency": tuple(pixels[0, 0, :3].tolist())}),

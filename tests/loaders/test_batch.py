@@ -235,7 +235,7 @@ def test_counter_stops_above_the_fraction():
         counter.check(61, 600)
     text = str(caught.value)
     assert caught.value.exit_code == 5
-    for part in ("61 bad among 600", "gcc: 60 truncated", "yfcc: 1 zero", "49.tar sample k49"):
+    for part in ("61 bad among 600", "gcc: 60 truncated", "yfcc: 1 zero", "49.tar sample 'k49'"):
         assert part in text
     assert "50.tar" not in text
 

@@ -232,3 +232,14 @@ def test_unknown_settings():
     for wrong in ((24, 30, "bicubic"), (24, 24, "cubic")):
         with pytest.raises(ConfigError, match="evaluation views"):
             build_eval(*wrong)
+
+
+def test_release_recipe_survives_its_strongest_posterisation():
+    """timm asks Pillow for 0 bits in one image of some hundreds, which Pillow 13 refuses."""
+    view = build_train("unicl_release", 24, MEAN, STD)
+    augment = next(s for s in view._transform.transforms if hasattr(s, "ops"))
+    operation = next(o for o in augment.ops if o.name == "PosterizeIncreasing")
+    operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0
+    assert not pixels(operation(picture())).any()
+    operation.magnitude = 0
+    np.testing.assert_array_equal(pixels(operation(picture())), pixels(picture()) & 0xF0)

@@ -1,0 +1,160 @@
+"""Images: bytes to RGB pixels, by Pillow, and plain JPEGs also by torchvision (`fast`)."""
+
+import io
+import itertools
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from loaders.crops import Picture, resizer
+from loaders.errors import ConfigError
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
+# A progressive JPEG may repeat a scan of a few bytes a thousand times, and each takes as long as
+# the whole image (0.25 s at MAX_PIXELS). Real ones have about ten, hardly any are that large.
+MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
+# No others: Pillow would start an external program for some (EPS) that may hide behind `.jpg`.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_TILE = 2048  # pixels
+
+Decoder = Callable[[bytes], Picture]
+
+
+class BadImage(Exception):
+    """An image that cannot be used; `reason` is one short word for the counts."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        super().__init__(f"{reason}: {detail}" if str(detail) else reason)
+        self.reason = reason
+
+
+def decode(data: bytes, upright: bool = True) -> Image.Image:
+    """Decode an image to RGB, first frame, transparency composited on white.
+
+    `upright`: turned as its EXIF data says; False for annotations of the pixels as stored.
+    Raises `BadImage` with reason `zero_bytes`, `not_an_image`, `too_large` (more than
+    MAX_PIXELS or MAX_SCANNED_PIXELS; found before decoding), `truncated`, `undecodable` or
+    `unsupported_mode`.
+    """
+    if not data:
+        raise BadImage("zero_bytes")
+    with warnings.catch_warnings():
+        # Pillow warns of large images, refused below, and of damaged meta data, of no use here.
+        warnings.simplefilter("ignore")
+        return _decode(data, upright)
+
+
+def decoder(choice: str) -> Decoder:
+    """`decode` for `reference`; for `fast` torchvision on plain JPEGs, and `decode` on all others.
+
+    The pixels are the same. Raises `ConfigError` for another word, or without torchvision's JPEG.
+    """
+    resizer(choice)
+    if choice == "reference":
+        return decode
+    _require_torchvision()
+    return _decode_fast
+
+
+def decode_plain(data: bytes) -> Tensor | None:
+    """Pixels uint8 (3, H, W) of a plain JPEG; None for any other file, whole or damaged.
+
+    Plain: grey or RGB in 8 bits, not progressive, to be shown as it is stored, at most MAX_PIXELS,
+    and decoded without an error. Whoever gets None decodes with Pillow, which knows all the rest.
+    Same library (libjpeg-turbo) and settings, so the same pixels as Pillow's, in the layout that
+    torch resizes and without two copies on the way.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged meta data; a buffer that cannot be written to
+        try:
+            # Pillow reads the header, so that it is understood as `decode` understands it.
+            if not _is_plain(Image.open(io.BytesIO(data), formats=("JPEG",))):
+                return None
+            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+        except Exception:  # whatever is wrong, Pillow says it
+            return None
+
+
+def _require_torchvision() -> None:
+    """`ConfigError` where torchvision cannot decode a JPEG: all would take the slow way."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    if decode_plain(file.getvalue()) is None:
+        raise ConfigError(
+            "data.decode=fast needs torchvision with its JPEG decoder, which this installation "
+            "lacks (is it built for another torch?); use data.decode=reference"
+        )
+
+
+def _is_plain(image: Image.Image) -> bool:
+    plain = image.format == "JPEG" and image.mode in ("RGB", "L")  # MPO is another format
+    plain = plain and not image.info.get("progressive")
+    plain = plain and image.width * image.height <= MAX_PIXELS
+    return plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def _decode_fast(data: bytes) -> Picture:
+    pixels = decode_plain(data)
+    return decode(data) if pixels is None else pixels
+
+
+def _decode(data: bytes, upright: bool) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadImage("too_large", error) from None
+    except Exception as error:  # plug-ins raise anything on made-up headers
+        raise BadImage("not_an_image", error) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too_large", f"{image.width} x {image.height} pixels")
+    # In a scan, two bytes FF DA can only begin another: data bytes FF are followed by a zero.
+    scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
+    if scans * image.width * image.height > MAX_SCANNED_PIXELS:
+        raise BadImage("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
+    try:
+        image.load()
+        return _to_rgb(_upright(image) if upright else image)
+    except BadImage:
+        raise
+    except Exception as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        raise BadImage(reason, error) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # damaged EXIF data states no orientation; the pixels are good
+        return image
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadImage("unsupported_mode", "floating-point pixels have no known range")
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips at 255 and so turns nearly all to white.
+        values = np.array(image)  # in place from here: the largest images fill a gigabyte
+        np.right_shift(values, 8, out=values)
+        np.clip(values, 0, 255, out=values)
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.has_transparency_data:
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB without transparency; in tiles, so that the copies on the way are small."""
+    result = Image.new("RGB", image.size)
+    starts = itertools.product(range(0, image.width, _TILE), range(0, image.height, _TILE))
+    for left, top in starts:
+        corner = min(left + _TILE, image.width), min(top + _TILE, image.height)
+        tile = image.crop((left, top, *corner)).convert("RGBA")
+        white = Image.new("RGBA", tile.size, "white")
+        result.paste(Image.alpha_composite(white, tile).convert("RGB"), (left, top))
+    return result
