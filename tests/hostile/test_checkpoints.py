@@ -71,8 +71,7 @@ def test_evaluation_and_export_refuse_and_say_how_to_convert(write, tmp_path, mo
     for path in paths:
         write(marker, path)
     for path in (*paths, folder):
-        # A bare pickle holds no weights that could be converted.
-        convert = "not a PyTorch" if write is plain else r"asks for posix\.open.*weights_only=False"
+        convert = r"asks for posix\.open.*weights_only=False"
         with pytest.raises(DataError, match=f"(evil|open_clip).*{convert}"):
             weights.load(path)
     with pytest.raises(DataError):

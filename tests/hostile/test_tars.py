@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from loaders import tarreader
 from loaders.batch import BadSampleCounter, TripletDataset
@@ -357,7 +358,7 @@ def test_training_counts_hostile_samples_and_goes_on(tmp_path):
     shards = open_shards(path)
     options = TextOptions(["a {}"])
     view = build_eval(16, 16)
-    tokens = lambda texts: np.zeros((len(texts), 2), np.int64)  # noqa: E731
+    tokens = lambda texts: torch.zeros((len(texts), 2), dtype=torch.int64)  # noqa: E731
     dataset = TripletDataset([shards], LabelSpace([shards]), [view], options, tokens, seed=0)
     counter = BadSampleCounter(max_fraction=0.1, min_samples=1)
     for i in range(len(shards)):
