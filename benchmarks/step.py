@@ -43,21 +43,21 @@ MODEL = {
         "name": "swin_tiny",
         "size": 80,
         "kwargs": {
-            "embed_dim": 48, "depths": [2, 2, 4], "num_heads": [2, 4, 8], "window_size": 5,
+            "embed_dim": 48, "depths": [2, 2, 5], "num_heads": [2, 4, 8], "window_size": 5,
             "drop_path_rate": 0.0,
         },
     },
-    "text": {"width": 160, "layers": 2, "heads": 5},
+    "text": {"width": 160, "layers": 3, "heads": 5},
     "embed_dim": 128,
     "logit_scale_init": 2.659260036932778,
 }  # fmt: skip
 IMAGE_SIZE = (256, 256)  # as img2dataset stores web images; drawings of 64 pixels, enlarged
 WORDS = (8, 20)
-BATCH, STEPS, WARMUP, ROUNDS = 64, 60, 10, 2
-RATE, SAMPLES, SHARDS = 5e-4, 2048, 4
-LAST = 20  # steps whose losses are compared
+BATCH, STEPS, WARMUP, ROUNDS = 128, 30, 10, 2
+RATE, SAMPLES, SHARDS = 5e-4, 4068, 4  # less than one pass
+LAST = 10  # steps whose losses are compared
 # A low rate: at the other one the loss of a single batch jumps, and rounding grows with it.
-FIXED_STEPS, FIXED_RATE = 15, 1e-4
+FIXED_STEPS, FIXED_RATE = 10, 1e-4
 TAIL = (
     "with plain flat colours on an empty white background seen from the front and made by hand "
     "for everyone to use"

@@ -20,7 +20,7 @@ import yaml
 
 RANKS, WORKERS = 2, 1
 PEER_PIN = "webdataset==0.2.86"  # the last version that open_clip_train reads shards with
-PEERS = Path(__file__).parent / ".peers"
+PEERS = Path("runs/peers")
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 # A line of open_clip's log with --log-every-n-steps 1.
 LOG_LINE = re.compile(r"Batch \(t\): ([\d.]+).*Contrastive_loss: ([\d.]+)")
@@ -135,8 +135,7 @@ def peer_packages() -> Path:
     """Folder with the pin that only open_clip's training needs; installed on first use."""
     folder = PEERS / PEER_PIN
     if not folder.exists():
-        PEERS.mkdir(exist_ok=True)
-        (PEERS / ".gitignore").write_text("*\n")
+        PEERS.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         scratch = PEERS / f"{PEER_PIN}.partial"
         subprocess.run([*pip, "--target", str(scratch), PEER_PIN], check=True)
@@ -167,7 +166,7 @@ def _watch(
     peaks = {"rank_mib": 0.0, "all_mib": 0.0}
     marks: list[tuple[int, float]] = []  # steps done, CPU seconds so far
     while process.poll() is None:
-        time.sleep(0.5)
+        time.sleep(2.0)  # looking costs time itself
         cpu = _sample(process.pid, peaks)
         if (done := steps_done()) >= min(task.warmup, task.steps // 2):
             marks.append((done, cpu))
