@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 import models
-from engine import build, checkpoint, dist, ds, optim
+from engine import build, checkpoint, compilation, dist, ds, optim
 from engine.clock import Clock, slow_line
 from engine.finite import FiniteGuard
 from engine.log import Meter, RunLog, read_window, write_window
@@ -267,6 +267,9 @@ def build_engine(plan: build.Plan, device: torch.device):
     model = models.build(build.model_config(cfg))
     if cfg.train.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if cfg.train.compile:
+        stage = plan.deepspeed.get("zero_optimization", {}).get("stage", 0)
+        compilation.compile_towers(model, stage, device)
     method = build.build_method(plan, model)
     optimizer = optim.build(model, method, cfg.optim)
     module = ds.TrainModule(model, method).to(device).train()

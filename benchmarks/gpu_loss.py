@@ -1,0 +1,122 @@
+"""The UniCL loss on one GPU against open_clip's ClipLoss: time, peak memory, error.
+
+    python -m benchmarks.gpu_loss
+
+Forward and backward at D 512. Ours with products of bfloat16 inputs and float32 sums, and in
+float32 (TF32 products); the peer under bfloat16 autocast, as its users train, and in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import gpu, harness
+from losses._core import TILES, contrast
+from losses._gather import Gather
+
+DIMENSION, CLASSES, SCALE = 512, 1000, 1 / 0.07
+SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
+TARGETS = {65536: (0.045, 1.0)}  # seconds, GiB
+TILE_CHOICES = ((2048, 4096), (4096, 4096), (4096, 8192), (8192, 8192))
+Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(batch: int, scale: float = SCALE, device: str = "cuda") -> Data:
+    """Unit features (B, D) that want a gradient, labels (B,), the multiplier (1,)."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(batch, DIMENSION, generator=generator).to(device) for _ in range(2))
+    labels = torch.randint(CLASSES, (batch,), generator=generator).to(device)
+    labels = torch.where(torch.arange(batch, device=device) % 2 == 0, labels, -1)
+    multiplier = torch.tensor([scale], device=device, requires_grad=True)
+    features = (F.normalize(value, dim=-1).requires_grad_() for value in (x, y))
+    return *features, labels, multiplier
+
+
+def ours(data: Data, products: torch.dtype, tile: tuple[int, int] | None = None) -> torch.Tensor:
+    """Loss, with gradients in the inputs."""
+    x, y, labels, scale = data
+    loss = contrast(x, y, labels, scale, Gather(), tile=tile, products=products).loss
+    loss.backward()
+    return loss
+
+
+def open_clip(data: Data, half: bool) -> torch.Tensor:
+    """open_clip's ClipLoss (labels play no part)."""
+    from open_clip.loss import ClipLoss
+
+    x, y, _, scale = data
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        loss = ClipLoss()(x, y, scale)
+    loss.backward()
+    return loss
+
+
+def dense(data: Data) -> torch.Tensor:
+    """UniCL with whole matrices, for the error; in the features' type."""
+    x, y, labels, scale = data
+    own = torch.where(labels == -1, CLASSES + torch.arange(len(labels), device=x.device), labels)
+    targets = (own[:, None] == own[None]).to(x.dtype)
+    targets /= targets.sum(1, keepdim=True)
+    logits = scale * x @ y.t()
+    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+    loss.backward()
+    return loss
+
+
+def errors(batch: int, scale: float, products: torch.dtype) -> dict[str, float]:
+    """Relative error of the loss and of both gradients (norm) against float64."""
+    data = inputs(batch, scale)
+    loss = ours(data, products)
+    exact = tuple(v.detach().double() if v.is_floating_point() else v for v in data)
+    for value in (exact[0], exact[1], exact[3]):
+        value.requires_grad_()
+    expected = dense(exact)
+    found = {"loss": float((loss - expected).abs() / expected)}
+    for name, a, e in zip(("image", "text"), data, exact, strict=False):
+        found[name] = float((a.grad - e.grad).norm() / e.grad.norm())
+    return found
+
+
+def timed(name: str, run: Callable[[Data], object], batch: int, targets: bool) -> Iterator[dict]:
+    """Rows of time and memory of one form at one size."""
+    data = inputs(batch)
+
+    def clean() -> None:
+        for value in data:
+            value.grad = None
+        run(data)
+
+    measured = gpu.fits(lambda: gpu.measure(clean))
+    if measured is None:
+        yield {"name": f"{name}: out of memory", "B": batch}
+        return
+    limits = TARGETS.get(batch, (None, None)) if targets else (None, None)
+    yield harness.row(f"{name}, ms", 1000 * measured[0], limits[0] and 1000 * limits[0], B=batch)
+    yield harness.row(f"{name}, peak GiB", measured[1], limits[1], B=batch)
+
+
+def rows() -> Iterator[dict]:
+    """Errors, then tiles, then every form and size."""
+    for products in (torch.bfloat16, torch.float32):
+        for scale in (SCALE, 100.0):
+            found = errors(4096, scale, products)
+            yield {"name": "relative error to float64", "products": str(products), "B": 4096,
+                   "scale": round(scale, 2), **found}  # fmt: skip
+    for tile in TILE_CHOICES:
+        form = partial(ours, products=torch.bfloat16, tile=tile)
+        yield from timed(f"ours, bfloat16, tile {tile[0]}x{tile[1]}", form, 32768, False)
+    forms = {
+        f"ours, bfloat16, tile {TILES[torch.bfloat16]}": partial(ours, products=torch.bfloat16),
+        "ours, float32": partial(ours, products=torch.float32),
+        "open_clip, bfloat16 autocast": partial(open_clip, half=True),
+        "open_clip, float32": partial(open_clip, half=False),
+    }
+    for batch in SIZES:
+        for name, form in forms.items():
+            yield from timed(name, form, batch, "bfloat16, tile" in name)
+
+
+if __name__ == "__main__":
+    gpu.main("gpu_loss", rows)
