@@ -20,7 +20,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
 .PHONY: quickstart test soak lint bench
-BENCHES := loss loss_ranks step scaling_model gpu_loss gpu_step data_prep evaluation
+BENCHES := loss loss_ranks loader size step scaling_model gpu_loss gpu_step data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

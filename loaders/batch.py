@@ -117,8 +117,8 @@ class TripletDataset(Dataset):
         with _generators_kept():
             samples = [self._sample(address) for address in addresses]
         ids = self.tokenizer([text for sample in samples for text in sample["text"]])
-        for sample, rows in zip(samples, ids.split(self.texts.views), strict=True):
-            sample["text"] = rows
+        for number, sample in enumerate(samples):
+            sample["text"] = ids[number * self.texts.views : (number + 1) * self.texts.views]
         return samples
 
     def _sample(self, address: tuple[int, int, int]) -> dict:

@@ -191,17 +191,18 @@ def open_shards(
         for folder, manifest in manifests.items()
         for shard in (manifest or {}).get("shards", [])
     }
-    shards = [_shard_info(path, manifests[_home(path)] and stated.get(path, {})) for path in paths]
+    found = [_shard_info(path, manifests[_home(path)] and stated.get(path, {})) for path in paths]
+    shards, ranges = [info for info, _ in found], [labels for _, labels in found]
     if kind is None:
         kinds = {manifest["kind"] if manifest else None for manifest in manifests.values()}
         if len(kinds) > 1:
             raise DataError(f"{spec}: folders of different kinds; configure them as two sources")
-        kind = kinds.pop() or _infer_kind(shards)
+        kind = kinds.pop() or _infer_kind(ranges)
     first = manifests[folders[0]]
     name = name or (first["name"] if first else folders[0].resolve().name)
     shard_set = ShardSet(name, kind, tables[0], shards)
     if kind == "image_label":
-        _check_labels(shard_set)
+        _check_labels(shard_set, ranges)
     return shard_set
 
 
@@ -256,7 +257,8 @@ def write_manifest(
             raise DataError(f"{folder}: {what}")
     entries = parse_classes(folder / MANIFEST, table)
     if kind == "image_label":
-        _check_labels(ShardSet(name, kind, entries, shards))
+        ranges = [_label_range(open_index(shard.path)) for shard in shards]
+        _check_labels(ShardSet(name, kind, entries, shards), ranges)
     manifest.update(extra or {})
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     temporary = folder / f"{MANIFEST}.{secrets.token_hex(8)}.tmp"
@@ -284,27 +286,36 @@ def _home(path: str) -> Path:
     return above if folder.name == "shards" and (above / MANIFEST).is_file() else folder
 
 
-def _shard_info(path: str, stated: dict | None) -> ShardInfo:
-    """Facts about a tar; `DataError` if they are not what its manifest states (None: has none)."""
-    size, samples = os.path.getsize(path), len(open_index(path))
+def _shard_info(path: str, stated: dict | None) -> tuple[ShardInfo, tuple[int, int, bool]]:
+    """Facts about a tar and its range of labels, from one look at its index.
+
+    Raises `DataError` if they are not what its manifest states (None: it has none).
+    """
+    index = open_index(path)
+    size, samples, labels = os.path.getsize(path), len(index), _label_range(index)
     if stated is None:
-        return ShardInfo(path, samples, size, None)
+        return ShardInfo(path, samples, size, None), labels
     if (stated.get("bytes"), stated.get("samples")) != (size, samples):
         raise DataError(
             f"{path}: {size} bytes, {samples} samples, but the manifest says "
             f"{stated or 'nothing of this shard'}; restore it, or write the manifest "
             "again with loaders.manifest.write_manifest"
         )
-    return ShardInfo(path, samples, size, stated.get("sha256"))
+    return ShardInfo(path, samples, size, stated.get("sha256")), labels
 
 
-def _infer_kind(shards: Sequence[ShardInfo]) -> str:
-    """image_label if every sample has a label; stops at the first shard where one has none."""
-    labelled = all((open_index(shard.path)["label"] != NO_LABEL).all() for shard in shards)
-    return "image_label" if labelled else "image_text"
+def _label_range(index: np.ndarray) -> tuple[int, int, bool]:
+    """Smallest and largest label of a shard, and whether every sample has one."""
+    labels = index["label"]
+    return int(labels.min(initial=0)), int(labels.max(initial=0)), bool((labels != NO_LABEL).all())
 
 
-def _check_labels(shard_set: ShardSet) -> None:
+def _infer_kind(ranges: Sequence[tuple[int, int, bool]]) -> str:
+    """image_label if every sample has a label; the ranges are those of all shards."""
+    return "image_label" if all(complete for *_, complete in ranges) else "image_text"
+
+
+def _check_labels(shard_set: ShardSet, ranges: Sequence[tuple[int, int, bool]]) -> None:
     """`DataError` unless the class table is present and holds the label of every sample."""
     if not shard_set.classes:
         raise DataError(
@@ -312,13 +323,17 @@ def _check_labels(shard_set: ShardSet) -> None:
             '([{"id": 0, "synset": null, "names": ["cat"]}, …]), or classnames.txt beside the '
             "tars with one name a line in id order; or open it as kind image_text"
         )
-    labels = shard_set.labels
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(shard_set.classes)))
-    if len(wrong):
+    for number, (low, high, _) in enumerate(ranges):
+        if low >= 0 and high < len(shard_set.classes):
+            continue
+        shard = shard_set.shards[number]
+        labels = open_index(shard.path)["label"]
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(shard_set.classes)))
         i = int(wrong[0])
         what = "no label" if labels[i] == NO_LABEL else f"label {labels[i]}"
+        i += sum(before.samples for before in shard_set.shards[:number])
         raise DataError(
-            f"{shard_set.shard_of(i)}: sample {shown(shard_set.key(i))} has {what}, but an "
-            f"image_label set needs 0..{len(shard_set.classes) - 1} ({len(wrong)} such samples); "
-            "mend .cls or json.label, complete the class table, or open the set as kind image_text"
+            f"{shard.path}: sample {shown(shard_set.key(i))} has {what}, but an image_label set "
+            f"needs 0..{len(shard_set.classes) - 1} ({len(wrong)} such samples in this tar); mend "
+            ".cls or json.label, complete the class table, or open the set as kind image_text"
         )

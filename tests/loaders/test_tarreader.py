@@ -147,7 +147,7 @@ def test_index_is_kept_and_rebuilt_when_the_tar_changes(tmp_path):
     first = tarreader.open_index(path)
     files = list((tmp_path / ".index").iterdir())
     stamp = files[0].stat().st_mtime_ns
-    assert isinstance(first.base, np.memmap)
+    assert isinstance(first.base, np.memmap)  # mapped, not read
     tarreader.open_index(path)
     assert [f.stat().st_mtime_ns for f in (tmp_path / ".index").iterdir()] == [stamp]
     write_tar(path, sample("one", cls=b"5"))
