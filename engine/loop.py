@@ -19,8 +19,9 @@ from engine.signals import StopRequest, requeue
 from engine.step import Batch, Stepper
 from engine.watch import Watch
 from loaders.batch import BadSampleCounter, make_loader
+from loaders.errors import UserError
 from loaders.views import normalize
-from loaders.workers import ReadingNotes
+from loaders.workers import ReadingNotes, end_workers, ignore_deaths
 from losses._gather import Gather
 
 
@@ -59,15 +60,22 @@ class Trainer:
             LostRank: another rank ended, or did not reach a collective operation.
         """
         try:
-            self._start()
-            self._train()
+            try:
+                self._start()
+                self._train()
+            except Exception:
+                # Else torch may raise, at any line below, that a worker has died. If it does so
+                # before this line, that is the error.
+                ignore_deaths()
+                raise
         except Exception as error:
+            ignore_deaths()
             reason = self._explain(error) or error
             self.watch.stop(f"{type(reason).__name__}: {str(reason)[:300]}")
             if self.log:
                 self.log.note(f"error: {reason}")
                 self.log.close(failed=True)
-            self.notes.end_workers()
+            end_workers()
             if reason is error:
                 raise
             raise reason from error
@@ -146,7 +154,7 @@ class Trainer:
 
     def _explain(self, error: Exception) -> Exception | None:
         """A message for people, if the error has a reason that they can mend."""
-        if not isinstance(error, RuntimeError):
+        if isinstance(error, UserError):
             return None
         return self.notes.explain(error, self.dataset.sources) or self.watch.explain(error)
 

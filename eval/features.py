@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval.sources import EvalSplit
 from loaders import tokenizers, views
+from loaders.workers import GuardedLoader
 from models.config import ModelConfig
 from models.weights import LoadedRun
 
@@ -52,7 +52,8 @@ def encode(
     """
     n = len(dataset)
     batches = rank_batches(n, batch_size, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(
+    # Guarded: within a training, a signal to stop must reach the trainer, not its workers.
+    loader = GuardedLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,

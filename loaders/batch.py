@@ -7,7 +7,6 @@ position in the global batch), so ranks, workers and micro-batches change nothin
 
 import gc
 import random
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from loaders.decoders import BadImage, Decoder, decode
 from loaders.errors import ConfigError, DataError, TooManyBadSamples
@@ -26,7 +25,7 @@ from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
 from loaders.texts import BadText, TextOptions, label_text, read_caption
 from loaders.views import View
-from loaders.workers import ReadingNotes
+from loaders.workers import GuardedLoader, ReadingNotes
 
 ATTEMPTS = 10
 TENSORS = ("image", "text")
@@ -239,7 +238,7 @@ def make_loader(
     workers: int,
     notes: ReadingNotes | None = None,
     timeout: float = 0,
-) -> DataLoader:
+) -> GuardedLoader:
     """Loader of the micro-batches of one rank, in order; resuming is a later `start_step`.
 
     Args:
@@ -247,7 +246,7 @@ def make_loader(
             that has not come from the workers is a RuntimeError, for `notes.explain`; 0: none.
     """
     notes = notes or ReadingNotes(workers)
-    return DataLoader(
+    return GuardedLoader(
         dataset,
         batch_sampler=StepBatches(order, rank, world_size, micro_batch, start_step, end_step),
         collate_fn=collate,
@@ -325,14 +324,7 @@ def _seed(seed: int) -> None:
 
 
 def _start_worker(worker: int, notes: ReadingNotes) -> None:
-    """Workers leave signals that go to the whole job to the trainer, and use one core each.
-
-    SLURM sends TERM and USR1 to every process of a step: a worker that died of it would break
-    the step that the trainer still finishes. Workers end with their loader, and torch's watchdog
-    ends them when the trainer is gone.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Workers use one core each, and note what they read."""
     torch.set_num_threads(1)
     # What the trainer holds is never collected here: looking at it would copy its memory pages.
     gc.freeze()

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -97,3 +98,12 @@ def _to_numpy(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_to_numpy(item) for item in value]
     return value
+
+
+def wait_for_lines(path, count, process):
+    """Until a file that `process` writes has so many lines."""
+    deadline = time.monotonic() + 200
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -1,30 +1,20 @@
 """Runs that go wrong: NaN, a rank that stops, a data worker that dies, a slow machine."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine.clock import ENOUGH, Clock, slow_line
 from engine.watch import diagnose
-from loaders import order as order_module
-from loaders.batch import TripletDataset, make_loader
-from loaders.errors import DataError
-from loaders.labels import LabelSpace
-from loaders.manifest import open_shards
-from loaders.texts import TextOptions
-from loaders.views import decode
-from loaders.workers import ReadingNotes
 from tests import multiprocess
+from tests.multiprocess import wait_for_lines
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = str(ROOT / "tests" / "engine" / "tiny.yaml")
@@ -169,14 +159,6 @@ def training(folder):
     return pair(command, command)
 
 
-def wait_for_lines(path, count, process):
-    deadline = time.time() + 200
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.time() < deadline
-        time.sleep(0.05)
-
-
 def test_a_rank_that_does_not_come_is_named_and_nobody_waits_for_ever(tmp_path):
     """Rank 1 of a training is stopped; rank 1 of a small loop sleeps, or fails; rank 0, which
     holds the store, is stopped."""
@@ -237,96 +219,6 @@ def test_diagnosis_of_notes():
     assert "rank 2 never wrote" in diagnose({}, {r: note() for r in (0, 1, 3)}, 4).words
     ended = diagnose(first, {**alike, 1: note(beat=1, ended="DataError: x")}, 4)
     assert ended.words == "rank 1 ended (rank 1: DataError: x)"
-
-
-class Fatal:
-    """A view that does something else than look at one certain picture."""
-
-    def __init__(self, picture, deed):
-        self.pixels, self.deed = picture.tobytes(), deed
-
-    def __call__(self, picture):
-        if picture.tobytes() == self.pixels:
-            self.deed()
-        return torch.zeros(3, 4, 4, dtype=torch.uint8)
-
-
-def killed():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hung():
-    time.sleep(600)
-
-
-def fails():
-    raise RuntimeError("decoder: bad state")
-
-
-def captions(deed, choose):
-    """The shipped captions; `deed` happens at the picture with the uid that `choose` picks."""
-    shards = open_shards(str(ROOT / "data" / "quickstart" / "openclipart_train"))
-    source = order_module.Source(shards.name, shards.kind, shards.shard_sizes)
-    streams = order_module.plan_streams([source], "balanced")
-    order = order_module.Order([source], streams, 8, seed=1)
-    uid = choose(order)
-    dataset = TripletDataset(
-        [shards], LabelSpace([shards]), [Fatal(decode(shards.read_image(uid)), deed)],
-        TextOptions(["{}"]), lambda texts: torch.zeros(len(texts), 4, dtype=torch.int64), seed=0,
-    )  # fmt: skip
-    return dataset, order, uid
-
-
-@pytest.mark.parametrize(("deed", "words"), [(killed, "Killed"), (hung, "timed out after 3")])
-def test_a_data_worker_that_dies_or_hangs_is_named_with_its_sample(deed, words):
-    dataset, order, uid = captions(deed, lambda order: int(order.global_batch(1)[3]))
-    notes = ReadingNotes(2)
-    loader = make_loader(dataset, order, 0, 1, 8, 0, 4, 2, notes, timeout=3)
-    with pytest.raises(RuntimeError) as caught:
-        list(loader)
-    error = notes.explain(caught.value, dataset.sources)
-    notes.end_workers()
-    assert not multiprocessing.active_children()
-    assert isinstance(error, DataError)
-    assert error.exit_code == 3
-    shards = dataset.sources[0]
-    assert f"{shards.shard_of(uid)}, sample {shards.key(uid)!r}" in str(error)
-    assert str(error).count(", sample ") == 1
-    assert words in str(error)
-    advice = "leave the shard out" if deed is hung else "fewer data.workers"
-    assert advice in str(error)
-    assert notes.explain(RuntimeError("CUDA out of memory"), dataset.sources) is None
-
-
-def test_a_training_whose_data_worker_is_killed_ends_with_its_sample(tmp_path):
-    """Whatever the trainer does when the kernel takes a worker, it ends by itself, with code 3."""
-    run = subprocess.Popen(
-        [sys.executable, "train.py", "--config", CONFIG, "--output-dir", str(tmp_path),
-         "train.steps=100000", "data.workers=2"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    wait_for_lines(tmp_path / "metrics.jsonl", 2, run)
-    workers = [
-        child for child in psutil.Process(run.pid).children() if "train.py" in child.cmdline()
-    ]
-    assert len(workers) == 2
-    workers[1].kill()
-    text = run.communicate(timeout=100)[0]
-    assert run.returncode == 3, text
-    last = text.splitlines()[-1]
-    assert last.startswith(f"error: DataLoader worker (pid {workers[1].pid}) is killed by signal")
-    assert f"Worker {workers[1].pid} was " in last
-    assert f"Worker {workers[0].pid}" not in last
-    assert last in (tmp_path / "log.txt").read_text()
-
-
-def test_a_sample_whose_decoding_fails_is_named():
-    dataset, _, uid = captions(fails, lambda order: 5)
-    shards = dataset.sources[0]
-    place = f"{shards.shard_of(uid)}, sample {shards.key(uid)!r}: RuntimeError: decoder: bad state"
-    with pytest.raises(DataError) as caught:
-        dataset[0, 0, uid]
-    assert str(caught.value) == place
 
 
 def test_clock_warns_of_a_slow_window_only():

@@ -17,6 +17,7 @@ SIGNALS = (
     Kill(SIGUSR1, everyone=False, point="backward pass"),
     Kill(SIGTERM, everyone=True, point="weights whole"),
     Kill(SIGUSR1, everyone=True, point="evaluating"),
+    Kill(SIGTERM, everyone=True, point="features gathered"),
 )
 
 
