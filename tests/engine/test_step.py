@@ -39,13 +39,14 @@ def all_cases(rank, world_size):
     found = {f"zero{s} x{k}": tiny.train(rank, world_size, s, k) for s, k in cases}
     # Graphs of two of three micro-batches are alive at once.
     kept = {f"zero{s} kept": tiny.train(rank, world_size, s, 3, kept=2) for s in (0, 1, 2)}
-    return found | kept
+    offload = {f"zero{s} offload": tiny.train(rank, world_size, s, 3, offload=True) for s in (1, 2)}
+    return found | kept | offload
 
 
 def test_two_ranks_any_stage_any_accumulation_equal_plain_torch():
     values, expected = plain_torch()
     first, second = multiprocess.run(all_cases, 2)
-    assert len(first) == 10
+    assert len(first) == 12
     for case in first:
         mean = np.mean([first[case]["losses"], second[case]["losses"]], axis=0)
         np.testing.assert_allclose(mean, values, rtol=2e-5, err_msg=case)
