@@ -1,8 +1,10 @@
 """Zero-shot end to end against CLIP_benchmark: same exported model, same tars, same processes.
 
-Each side is a command: its imports, loading, class prompts, images and scores all count. Two loads:
+Each side is a command: its imports, loading, class prompts, images and scores all count, and torch
+takes as many threads as it does by default, unless said otherwise. The loads:
 
 - `quickstart`: the quickstart's towers (untrained) and its labelled drawings, all classes;
+- `quickstart, one thread`: the same with OMP_NUM_THREADS=1;
 - `imagenet mix`: UniCL's towers (Swin-T at 224 pixels, 12 x 512 text layers) with 80 prompts a
   class and 5 images to 8 prompts, as ImageNet has (50,000 to 80,000), on three classes.
 """
@@ -46,10 +48,11 @@ QUICKSTART = {
 }
 UNICL = {"image": {"name": "swin_tiny", "size": 224}, "text": {}, "embed_dim": 512}
 # Towers, images, classes, preset of templates, (width, height) of the JPEGs (None: as shipped),
-# batch size.
+# batch size, threads of torch (None: its default).
 LOADS = {
-    "quickstart": (QUICKSTART, 8000, 29, "clipart", None, 256),
-    "imagenet mix": (UNICL, 150, 3, "clip_80", (500, 375), 64),
+    "quickstart": (QUICKSTART, 8000, 29, "clipart", None, 256, None),
+    "quickstart, one thread": (QUICKSTART, 8000, 29, "clipart", None, 256, 1),
+    "imagenet mix": (UNICL, 150, 3, "clip_80", (500, 375), 64, None),
 }
 
 
@@ -96,7 +99,7 @@ def write_model(folder: Path, settings: dict) -> None:
 
 def make(folder: Path, load: str, quick: bool) -> dict:
     """FOLDER/{export, data/toy, registry.yaml}; returns the facts of the load."""
-    settings, count, classes, templates, size, batch = LOADS[load]
+    settings, count, classes, templates, size, batch, _ = LOADS[load]
     if quick:
         count, templates = min(count, 40), "clipart"
     write_model(folder, settings)
@@ -125,10 +128,13 @@ def make(folder: Path, load: str, quick: bool) -> dict:
     return {"load": load, "images": count, "prompts": len(names) * len(lines), "batch": batch}
 
 
-def command(side: str, folder: Path, batch: int) -> dict:
+def command(side: str, folder: Path, batch: int, threads: int | None) -> dict:
     """Run one side to its end: its own figures, `wall` and `cpu` seconds of all its processes."""
     arguments = [sys.executable, "-m", "benchmarks.evaluation_sides", side, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         [*arguments, str(batch), str(WORKERS)],
@@ -146,20 +152,25 @@ def command(side: str, folder: Path, batch: int) -> dict:
 
 def compare(load: str, quick: bool) -> Iterator[dict]:
     """Rows of one load; sides in turns, median over the rounds of CLIP_benchmark's time / ours."""
-    rounds = 1 if quick else 3
+    rounds, threads = 1 if quick else 3, LOADS[load][-1]
     with tempfile.TemporaryDirectory() as place:
         facts = make(Path(place), load, quick)
         found = {side: [] for side in SIDES}
         busy = os.getloadavg()[0]
         for number in range(rounds):
             for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-                found[side].append(command(side, Path(place), facts["batch"]))
+                found[side].append(command(side, Path(place), facts["batch"], threads))
 
     def ratio(key: str) -> float:
         seconds = {side: [run[key] for run in runs] for side, runs in found.items()}
         return harness.ratio(seconds, "clip_benchmark", "ours")
 
-    facts |= {"workers": WORKERS, "threads": 1, "rounds": rounds, "load_before": round(busy, 1)}
+    facts |= {
+        "workers": WORKERS,
+        "threads": threads or os.cpu_count(),
+        "rounds": rounds,
+        "load_before": round(busy, 1),
+    }
     accuracy = {side: runs[0]["top1"] for side, runs in found.items()}
     for side, runs in found.items():
         seconds = [run["wall"] for run in runs]
