@@ -311,10 +311,8 @@ def _one_of(section: DictConfig, where: str, keys: tuple[str, ...], positive: bo
 
 
 def _unknown_key(error: ConfigKeyError, path: str | Path) -> str:
-    full = str(error.full_key)
-    parent, _, key = full.rpartition(".")
-    known = OmegaConf.select(OmegaConf.structured(RunConfig), parent) if parent else RunConfig
-    names = list(getattr(known, "__dataclass_fields__", None) or known.keys())
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-    nearest = f"{parent}.{near}" if parent else near
+    full, key = str(error.full_key), str(error.key)  # a key may have dots of its own
+    parent = full.removesuffix(key)
+    names = list(error.object_type.__dataclass_fields__)
+    nearest = parent + difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
     return f"{path}: unknown key {full!r}; the nearest is {nearest!r} (known: {', '.join(names)})"

@@ -65,6 +65,8 @@ ATTACKS = {
     "loss is a list": ("loss: [1]", "Cannot merge"),
     "loss name is a list": ("loss: {name: [1]}", "wrong kind|loss"),
     "loss name leaves the folder": ("loss: {name: ../../tmp/x}", "there are"),
+    "key with a dot": ("optim: {lr; 1.0e-3: 2}", "unknown key 'optim.lr; 1.0e-3'; .* 'optim.lr'"),
+    "unknown key of the file": ("a.b: 2", "unknown key 'a.b'; the nearest is"),
     "control characters": ("name: a\x1b[31m", "cannot read"),
 }  # fmt: skip
 

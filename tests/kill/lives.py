@@ -273,6 +273,7 @@ def _join(processes: list) -> None:
             process.terminate()
             process.join(10)
             process.kill()
+            process.join()
 
 
 def _evaluations(run: Run) -> list[tuple]:
