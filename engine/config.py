@@ -279,8 +279,12 @@ def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
         del layer["base"]
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base={base!r} is not the name of another file")
-    parents = _chain(path.parent / base, (*seen, path.resolve())) if base else []
-    return [*parents, layer]
+    if not base:
+        return [layer]
+    try:
+        return [*_chain(path.parent / base, (*seen, path.resolve())), layer]
+    except ConfigError as error:
+        raise ConfigError(f"{error} (the base of {path})") from None
 
 
 def _refuse_undecided(cfg: DictConfig) -> None:
