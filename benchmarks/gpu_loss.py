@@ -10,28 +10,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import gpu, harness
+from benchmarks.loss import SCALE, dense, inputs
 from losses._core import TILES, contrast
 from losses._gather import Gather
 
-DIMENSION, CLASSES, SCALE = 512, 1000, 1 / 0.07
 SIZES = (4096, 8192, 16384, 32768, 65536, 131072)
 TARGETS = {65536: (0.045, 1.0)}  # seconds, GiB
 TILE_CHOICES = ((2048, 4096), (4096, 4096), (4096, 8192), (8192, 8192))
 Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def inputs(batch: int, scale: float = SCALE, device: str = "cuda") -> Data:
-    """Unit features (B, D) that want a gradient, labels (B,), the multiplier (1,)."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(batch, DIMENSION, generator=generator).to(device) for _ in range(2))
-    labels = torch.randint(CLASSES, (batch,), generator=generator).to(device)
-    labels = torch.where(torch.arange(batch, device=device) % 2 == 0, labels, -1)
-    multiplier = torch.tensor([scale], device=device, requires_grad=True)
-    features = (F.normalize(value, dim=-1).requires_grad_() for value in (x, y))
-    return *features, labels, multiplier
 
 
 def ours(data: Data, products: torch.dtype, tile: tuple[int, int] | None = None) -> torch.Tensor:
@@ -53,26 +41,14 @@ def open_clip(data: Data, half: bool) -> torch.Tensor:
     return loss
 
 
-def dense(data: Data) -> torch.Tensor:
-    """UniCL with whole matrices, for the error; in the features' type."""
-    x, y, labels, scale = data
-    own = torch.where(labels == -1, CLASSES + torch.arange(len(labels), device=x.device), labels)
-    targets = (own[:, None] == own[None]).to(x.dtype)
-    targets /= targets.sum(1, keepdim=True)
-    logits = scale * x @ y.t()
-    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
-    loss.backward()
-    return loss
-
-
 def errors(batch: int, scale: float, products: torch.dtype) -> dict[str, float]:
     """Relative error of the loss and of both gradients (norm) against float64."""
-    data = inputs(batch, scale)
+    data = inputs(batch, scale, "cuda")
     loss = ours(data, products)
     exact = tuple(v.detach().double() if v.is_floating_point() else v for v in data)
     for value in (exact[0], exact[1], exact[3]):
         value.requires_grad_()
-    expected = dense(exact)
+    expected = dense(batch, exact)
     found = {"loss": float((loss - expected).abs() / expected)}
     for name, a, e in zip(("image", "text"), data, exact, strict=False):
         found[name] = float((a.grad - e.grad).norm() / e.grad.norm())
@@ -81,7 +57,7 @@ def errors(batch: int, scale: float, products: torch.dtype) -> dict[str, float]:
 
 def timed(name: str, run: Callable[[Data], object], batch: int, targets: bool) -> Iterator[dict]:
     """Rows of time and memory of one form at one size."""
-    data = inputs(batch)
+    data = inputs(batch, device="cuda")
 
     def clean() -> None:
         for value in data:

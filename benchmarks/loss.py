@@ -21,13 +21,13 @@ KEEP = 64 * 2**20
 KEEP_ALL = 2**62
 
 
-def inputs(batch: int) -> tuple[torch.Tensor, ...]:
+def inputs(batch: int, scale: float = SCALE, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """Unit features (B, D) that want a gradient, labels (B,), the multiplier (1,)."""
     torch.manual_seed(0)
-    x, y = (F.normalize(torch.randn(batch, DIMENSION), dim=-1) for _ in range(2))
+    x, y = (F.normalize(torch.randn(batch, DIMENSION), dim=-1).to(device) for _ in range(2))
     labels = torch.where(torch.arange(batch) % 2 == 0, torch.randint(CLASSES, (batch,)), -1)
-    scale = torch.tensor([SCALE], requires_grad=True)
-    return x.requires_grad_(), y.requires_grad_(), labels, scale
+    multiplier = torch.tensor([scale], device=device, requires_grad=True)
+    return x.requires_grad_(), y.requires_grad_(), labels.to(device), multiplier
 
 
 def ours(batch: int, keep_bytes: int, data=None) -> None:
@@ -36,15 +36,20 @@ def ours(batch: int, keep_bytes: int, data=None) -> None:
     contrast(x, y, labels, scale, Gather(), keep_bytes).loss.backward()
 
 
-def dense(batch: int, data=None) -> None:
-    """The pseudo-code of UniCL (Algorithm 1) with whole matrices; both directions share logits."""
+def dense(batch: int, data=None) -> torch.Tensor:
+    """The pseudo-code of UniCL (Algorithm 1) with whole matrices; both directions share logits.
+
+    Returns the loss, with gradients in the inputs; all in the type of the features.
+    """
     x, y, labels, scale = data or inputs(batch)
-    own = torch.where(labels == -1, labels.max() + 1 + torch.arange(batch), labels)
-    targets = (own[:, None] == own[None]).float()
+    unique = labels.max() + 1 + torch.arange(batch, device=labels.device)
+    own = torch.where(labels == -1, unique, labels)
+    targets = (own[:, None] == own[None]).to(x.dtype)
     targets /= targets.sum(1, keepdim=True)
     logits = scale * x @ y.t()
-    loss = F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)
-    (loss / 2).backward()
+    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+    loss.backward()
+    return loss
 
 
 def open_clip(batch: int, data=None) -> None:

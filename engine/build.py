@@ -79,7 +79,7 @@ class Plan:
             f"{self.rates['min_lr']:.1e}, "
             f"weight decay {self.cfg.optim.weight_decay}, "
             f"gradient clipping {self.deepspeed['gradient_clipping'] or 'none'}",
-            f"  DeepSpeed ZeRO-{self.deepspeed.get('zero_optimization', {}).get('stage', 0)}, "
+            f"  DeepSpeed ZeRO-{ds.stage(self.deepspeed)}, "
             f"{str(ds.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
         return "\n".join(lines)

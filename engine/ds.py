@@ -107,6 +107,11 @@ def precision(ds: dict[str, Any]) -> torch.dtype:
     return torch.float32
 
 
+def stage(ds: dict[str, Any]) -> int:
+    """ZeRO stage of a configuration, 0 to 3."""
+    return ds.get("zero_optimization", {}).get("stage", 0)
+
+
 def initialise(
     module: TrainModule, optimizer: torch.optim.Optimizer, ds: dict[str, Any], device: torch.device
 ):

@@ -276,8 +276,7 @@ def build_engine(plan: build.Plan, device: torch.device):
     if cfg.train.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if cfg.train.compile:
-        stage = plan.deepspeed.get("zero_optimization", {}).get("stage", 0)
-        compilation.compile_towers(model, stage, device)
+        compilation.compile_towers(model, ds.stage(plan.deepspeed), device)
     method = build.build_method(plan, model)
     optimizer = optim.build(model, method, cfg.optim)
     module = ds.TrainModule(model, method).to(device).train()

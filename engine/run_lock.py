@@ -65,7 +65,3 @@ class RunLock:
                 raise
             return False
         return True
-
-    def release(self) -> None:
-        """End it before the process does."""
-        os.close(self.descriptor)

@@ -324,8 +324,7 @@ def _seed(seed: int) -> None:
 
 
 def _start_worker(worker: int, notes: ReadingNotes) -> None:
-    """Workers use one core each, and note what they read."""
-    torch.set_num_threads(1)
+    """Workers note what they read (torch has limited them to one thread each)."""
     # What the trainer holds is never collected here: looking at it would copy its memory pages.
     gc.freeze()
     notes.start(worker)

@@ -49,7 +49,7 @@ def test_the_second_run_is_refused_and_the_first_one_named(holder, tmp_path):
 def test_a_killed_run_leaves_no_lock_though_its_children_live(holder, tmp_path):
     holder.kill()
     holder.wait()
-    RunLock(tmp_path, pytest.fail, patience=0).release()
+    RunLock(tmp_path, pytest.fail, patience=0)
     assert f"process {os.getpid()} on " in (tmp_path / NAME).read_text()
 
 
