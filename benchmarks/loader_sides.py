@@ -34,7 +34,7 @@ def ours(decode: str, shards: str, samples: int, batch: int, workers: int, scale
         TextOptions(["{}"]),
         tokenizers.build("clip", 77),
         seed=0,
-        decode=views.decoder(decode),
+        decode=views.decoder(),
     )
     facts = [Source(s.name, s.kind, s.shard_sizes) for s in sources]
     order = Order(facts, plan_streams(facts, "balanced"), batch, seed=0)

@@ -139,7 +139,7 @@ def dataset(plan: Plan) -> TripletDataset:
         tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
-        decode=views.decoder(cfg.data.decode),
+        decode=views.decoder(),
     )
 
 

@@ -1,19 +1,21 @@
 """Random resized crops: torchvision's boxes, and two ways to resize what is in them.
 
-Both are bicubic with antialiasing, Pillow's kernel, a = -0.5. `reference` is Pillow's own code, so
-the pixels equal those of `torchvision.transforms.v2.RandomResizedCrop` on a PIL image to the bit.
-`fast` is torch's code for uint8 (vector instructions, weights rounded to 16 bits), four times as
-fast: in most crops one value in some hundreds is a level (of 255) away, in a few crops that hardly
-change the size one in ten, never more than two levels.
+Both are bicubic with antialiasing, Pillow's kernel, a = -0.5. `reference` gives Pillow's pixels, so
+those of `torchvision.transforms.v2.RandomResizedCrop` on a PIL image, to the bit, by the code of
+`loaders.resample`. `fast` is torch's code for uint8, with weights rounded to 16 bits: in most crops
+one value in some hundreds is a level (of 255) away, in a few crops that hardly change the size one
+in ten, never more than two levels.
 
-A picture is a PIL RGB image or a tensor uint8 (3, H, W); `reference` takes PIL images only.
+A picture is a PIL RGB image or a tensor uint8 (3, H, W).
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -26,6 +28,7 @@ from loaders.errors import ConfigError
 DECODES = ("reference", "fast")
 Picture = Image.Image | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Resizer = Callable[[Picture, Box, int], Tensor]
 
 _LOG_RATIO = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
 
@@ -48,23 +51,40 @@ class RandomCrop:
 
 
 class TimmCrop:
-    """timm's random resized crop, with its boxes, resized by torch: picture -> PIL RGB image."""
+    """timm's random resized crop, with its boxes, bicubic: picture -> PIL RGB image."""
 
-    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
-        self._crop = crop
+    def __init__(self, crop: RandomResizedCropAndInterpolation, decode: str) -> None:
+        self._crop, self._resize = crop, resizer(decode)
 
     def __call__(self, picture: Picture) -> Image.Image:
         crop = self._crop
         top, left, height, width = crop.get_params(picture, crop.scale, crop.ratio)
         box = left, top, left + width, top + height
-        return to_pil_image(resize_by_torch(picture, box, crop.size[0]))
+        return to_pil_image(self._resize(picture, box, crop.size[0]))
 
 
-def resizer(decode: str) -> Callable[[Picture, Box, int], Tensor]:
+def resizer(decode: str) -> Resizer:
     """The function of a choice; `ConfigError` for another word."""
     if decode not in DECODES:
         raise ConfigError(f"data.decode={decode!r} is not one of {', '.join(DECODES)}")
-    return resize_by_pillow if decode == "reference" else resize_by_torch
+    return _reference() if decode == "reference" else resize_by_torch
+
+
+@functools.cache
+def _reference() -> Resizer:
+    """`resize_exactly`; Pillow itself, with a warning, if the installed one has other pixels."""
+    rng = np.random.default_rng(0)
+    for width, height in ((96, 61), (50, 190), (190, 50), (21, 17)):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        box = (1, 2, width - 3, height - 1)
+        if not torch.equal(resize_exactly(image, box, 32), resize_by_pillow(image, box, 32)):
+            warnings.warn(
+                f"Pillow {PIL.__version__} resizes otherwise than the version in requirements.txt; "
+                "its own code is used for data.decode=reference, which is four times as slow",
+                stacklevel=2,
+            )
+            return resize_by_pillow
+    return resize_exactly
 
 
 def random_box(width: int, height: int, scale: tuple[float, float]) -> Box:
@@ -93,14 +113,27 @@ def random_box(width: int, height: int, scale: tuple[float, float]) -> Box:
     return left, top, left + w, top + h
 
 
-def resize_by_pillow(image: Image.Image, box: Box, size: int) -> Tensor:
-    """What is in the box of a PIL RGB image, resized: uint8 (3, size, size), contiguous."""
+def resize_exactly(picture: Picture, box: Box, size: int) -> Tensor:
+    """What is in the box of a picture, resized as by Pillow: uint8 (3, size, size), contiguous."""
+    from loaders import resample  # here: compiled when imported, and not all need it
+
+    if isinstance(picture, Image.Image):
+        # A copy: an array on Pillow's own memory cannot be written to, another type for the code.
+        pixels, box = np.array(picture.crop(box)), (0, 0, box[2] - box[0], box[3] - box[1])
+    else:
+        pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
+    return torch.from_numpy(resample.resize(pixels, box, size, size))
+
+
+def resize_by_pillow(picture: Picture, box: Box, size: int) -> Tensor:
+    """As `resize_exactly`, by Pillow."""
+    image = picture if isinstance(picture, Image.Image) else to_pil_image(picture)
     # Not `resize(box=…)`, which would blend in pixels from outside of the box.
     return to_tensor(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resize_by_torch(picture: Picture, box: Box, size: int) -> Tensor:
-    """As `resize_by_pillow`, by torch."""
+    """As `resize_exactly`, by torch and nearly the same."""
     left, top, right, bottom = box
     if isinstance(picture, Image.Image):
         pixels = to_pixels(picture.crop(box))

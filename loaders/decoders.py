@@ -1,5 +1,6 @@
-"""Images: bytes to RGB pixels, by Pillow, and plain JPEGs also by torchvision (`fast`)."""
+"""Images: bytes to RGB pixels, by Pillow, and for training plain JPEGs by torchvision."""
 
+import functools
 import io
 import itertools
 import warnings
@@ -11,8 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from loaders.crops import Picture, resizer
-from loaders.errors import ConfigError
+from loaders.crops import Picture, to_pixels
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 256 MiB of RGB
 # A progressive JPEG may repeat a scan of a few bytes a thousand times, and each takes as long as
@@ -49,16 +49,25 @@ def decode(data: bytes, upright: bool = True) -> Image.Image:
         return _decode(data, upright)
 
 
-def decoder(choice: str) -> Decoder:
-    """`decode` for `reference`; for `fast` torchvision on plain JPEGs, and `decode` on all others.
+@functools.cache
+def decoder() -> Decoder:
+    """`decode` with plain JPEGs left to torchvision, which is faster; the pixels are the same.
 
-    The pixels are the same. Raises `ConfigError` for another word, or without torchvision's JPEG.
+    Where they are not, or torchvision has no JPEG decoder, it is `decode`, with a warning.
     """
-    resizer(choice)
-    if choice == "reference":
-        return decode
-    _require_torchvision()
-    return _decode_fast
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8).repeat(4, 0).repeat(3, 1)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=85, subsampling="4:2:0")
+    plain = decode_plain(file.getvalue())
+    if plain is not None and torch.equal(plain, to_pixels(decode(file.getvalue()))):
+        return _decode_quickly
+    warnings.warn(
+        "torchvision does not decode JPEGs as Pillow does (is it built for another torch, or "
+        "without JPEG?): Pillow decodes all, which is slower; install requirements.txt's versions",
+        stacklevel=2,
+    )
+    return decode
 
 
 def decode_plain(data: bytes) -> Tensor | None:
@@ -80,17 +89,6 @@ def decode_plain(data: bytes) -> Tensor | None:
             return None
 
 
-def _require_torchvision() -> None:
-    """`ConfigError` where torchvision cannot decode a JPEG: all would take the slow way."""
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG")
-    if decode_plain(file.getvalue()) is None:
-        raise ConfigError(
-            "data.decode=fast needs torchvision with its JPEG decoder, which this installation "
-            "lacks (is it built for another torch?); use data.decode=reference"
-        )
-
-
 def _is_plain(image: Image.Image) -> bool:
     plain = image.format == "JPEG" and image.mode in ("RGB", "L")  # MPO is another format
     plain = plain and not image.info.get("progressive")
@@ -98,7 +96,7 @@ def _is_plain(image: Image.Image) -> bool:
     return plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
 
 
-def _decode_fast(data: bytes) -> Picture:
+def _decode_quickly(data: bytes) -> Picture:
     pixels = decode_plain(data)
     return decode(data) if pixels is None else pixels
 

@@ -35,11 +35,10 @@ def build_train(
     std: Sequence[float],
     decode: str = "reference",
 ) -> View:
-    """A random view: PIL RGB image -> uint8 (3, size, size).
+    """A random view: picture (`loaders.crops`) -> uint8 (3, size, size).
 
-    `decode`: `reference`, all resizing by Pillow as in torchvision and timm, or `fast`, by torch
-    (`loaders.crops`): the same boxes and random numbers, nearly the same pixels. A fast view also
-    takes what the fast `decoder` gives.
+    `decode`: `reference`, the pixels of torchvision and timm on Pillow, or `fast`, nearly these
+    pixels from the same boxes and random numbers (`loaders.crops`).
 
     Recipes:
         unicl_release: the settings in the configuration file that microsoft/UniCL ships
@@ -72,7 +71,7 @@ def build_train(
 
 
 def build_eval(resize: int, crop: int, interpolation: str = "bicubic") -> View:
-    """Resize the shorter side, then centre crop: PIL RGB image -> uint8 (3, crop, crop).
+    """Resize the shorter side, then centre crop: picture -> uint8 (3, crop, crop).
 
     Calling it raises `BadImage` (`too_elongated`) if the resized image would exceed MAX_PIXELS.
     """
@@ -138,9 +137,8 @@ class _ReleaseView:
             for operation in step.ops if isinstance(step, RandAugment) else []:
                 if operation.aug_fn is posterize:
                     operation.aug_fn = _posterize
-        if decode == "fast":
-            first, *rest = self._transform.transforms
-            self._transform = v2.Compose([TimmCrop(first), *rest])
+        first, *rest = self._transform.transforms
+        self._transform = v2.Compose([TimmCrop(first, decode), *rest])
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
@@ -161,7 +159,8 @@ class _EvalView:
         self._resize, self._crop = resize, crop
         self._mode = pil_modes_mapping[mode]
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, picture: Picture) -> Tensor:
+        image = picture if isinstance(picture, Image.Image) else to_pil_image(picture)
         width, height = _resized(image, self._resize)
         if (width, height) != image.size:
             image = image.resize((width, height), self._mode)
