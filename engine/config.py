@@ -56,7 +56,8 @@ class TrainConfig:
     epoch_samples: int | None = None  # samples of an epoch; null: all samples of all sources
     grad_checkpointing: bool = False
     compile: bool = False  # torch.compile of both towers; not with ZeRO-3
-    # With accumulation, memory of a rank (GB) for micro-batches that are not encoded twice.
+    # With accumulation, memory of a rank (GB) for micro-batches that are not encoded twice; one
+    # never is. Not with ZeRO-3.
     graph_memory_gb: float = 0.0
     # Logged windows in a row with a loss or gradient that is NaN or infinite before the run ends.
     # One may be a single batch whose update DeepSpeed skipped; three in a row do not pass by

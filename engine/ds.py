@@ -58,7 +58,8 @@ def resolve(
 
     Raises:
         ConfigError: the batch does not divide, a number contradicts the run's configuration,
-            clipping is not stated, an "auto" is left, or the file brings an optimizer.
+            clipping is not stated, an "auto" is left, the file brings an optimizer, or graphs are
+            to be kept under stage 3.
     """
     ds = json.loads(json.dumps(ds))
     batch, pieces = cfg.train.global_batch, cfg.train.accumulation
@@ -90,6 +91,11 @@ def resolve(
                 f'{value}; write "auto" there'
             )
         ds[key] = value
+    if stage(ds) == 3 and cfg.train.graph_memory_gb:
+        raise ConfigError(
+            f"{path}: train.graph_memory_gb={cfg.train.graph_memory_gb} does not work with ZeRO stage "
+            "3, which loses gradients when several graphs are alive; set it to 0, or use stage 0 to 2"
+        )
     left = list(_autos(ds))
     if left:
         raise ConfigError(

@@ -7,8 +7,10 @@ GradCache, arXiv 2101.06983). The update equals that of one large batch. Two det
 DeepSpeed must not divide by K (`scale_wrt_gas=False`), and the second encoding must see the same
 random numbers, here because they are a function of (seed, step, rank, micro-batch).
 
-The first micro-batches keep their graphs, as many as a budget holds, and are not encoded again:
-with k of K kept, K - k forward passes are repeated.
+The first micro-batches keep their graphs and are not encoded again: with k of K kept, K - k
+forward passes are repeated. One is always kept, since it takes no more memory than the graphs that
+the second encoding makes one by one; a budget holds more. They are encoded after all others, so
+that their graphs wait for nothing but the loss, and are the first to go.
 """
 
 import contextlib
@@ -31,7 +33,8 @@ class Stepper:
         engine: the DeepSpeed engine; its accumulation steps are the number of micro-batches.
         gather: the ranks that share the global batch.
         seed: of the run; random numbers of a step depend on it, the step, rank and micro-batch.
-        graph_bytes: memory of a rank for the graphs of micro-batches that are not encoded again.
+        graph_bytes: memory of a rank for the graphs of micro-batches that are not encoded again;
+            one is kept in any case.
     """
 
     def __init__(self, engine, gather: Gather, seed: int, graph_bytes: int = 0):
@@ -64,7 +67,7 @@ class Stepper:
         return out
 
     def _cached(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        encoded = [self._encode_first(step, n, micro_batches) for n in range(len(micro_batches))]
+        encoded = self._encode(step, micro_batches)
         features = [{key: value.detach() for key, value in item.items()} for item in encoded]
         out, gradients, of_parameters = self._loss_gradients(features, micro_batches)
         for number, batch in enumerate(micro_batches):
@@ -80,25 +83,29 @@ class Stepper:
             del again, surrogate
         return out
 
-    def _encode_first(self, step: int, number: int, micro_batches: Sequence[Batch]) -> Features:
-        """Features of a micro-batch, with their graph if it is one of those that are kept."""
-        self._seed(step, number)
-        batch = micro_batches[number]
+    def _encode(self, step: int, micro_batches: Sequence[Batch]) -> list[Features]:
+        """Features of all micro-batches, of the first ones with their graphs."""
+        pieces = len(micro_batches)
         if self.kept is None:
+            self._seed(step, 0)
             with frozen_statistics(self.engine.module):
-                self.kept = self._affordable(batch, len(micro_batches))
+                self.kept = self._affordable(micro_batches[0], pieces)
+        found: list[Features] = [{}] * pieces
+        for number in range(self.kept, pieces):
             self._seed(step, number)
-        if number < self.kept:
-            return self.engine(batch)
-        with torch.no_grad(), frozen_statistics(self.engine.module):
-            return self.engine(batch)
+            with torch.no_grad(), frozen_statistics(self.engine.module):
+                found[number] = self.engine(micro_batches[number])
+        for number in range(self.kept):
+            self._seed(step, number)
+            found[number] = self.engine(micro_batches[number])
+        return found
 
     def _affordable(self, batch: Batch, pieces: int) -> int:
         """How many of `pieces` graphs the budget holds; ranks agree on the smallest number."""
         if not self.graph_bytes:
-            return 0
+            return 1
         size = saved_bytes(lambda: self.engine(batch), self.engine.module)
-        mine = min(pieces, self.graph_bytes // max(size, 1))
+        mine = max(1, min(pieces, self.graph_bytes // max(size, 1)))
         device = batch["label"].device
         return pieces - int(self.gather.max_(torch.tensor([pieces - mine], device=device)))
 

@@ -113,6 +113,13 @@ def test_batch_that_does_not_divide_is_refused():
         ds.resolve(ds.read_json(ROOT / "ds_configs/zero1_fp32.json"), cfg, world_size=3)
 
 
+def test_stage_3_keeps_no_more_graphs_than_one():
+    cfg = config.load(QUICKSTART, ["train.accumulation=2", "train.graph_memory_gb=1"])
+    ds.resolve(ds.read_json(ROOT / "ds_configs/zero2_bf16.json"), cfg, world_size=2)
+    with pytest.raises(ConfigError, match=r"zero3.*graph_memory_gb=1.*stage 0 to 2"):
+        ds.resolve(ds.read_json(ROOT / "ds_configs/zero3_bf16.json"), cfg, 2, "zero3_bf16.json")
+
+
 def test_zero_dimensional_parameter_is_refused():
     module = torch.nn.Module()
     module.logit_scale = torch.nn.Parameter(torch.tensor(1.0))

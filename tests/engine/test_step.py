@@ -35,7 +35,7 @@ def plain_torch(steps=3, size=12):
 
 
 def all_cases(rank, world_size):
-    cases = [(0, 1), (0, 3), (1, 1), (1, 3), (2, 1), (2, 3), (3, 1)]
+    cases = [(stage, pieces) for stage in range(4) for pieces in (1, 3)]
     found = {f"zero{s} x{k}": tiny.train(rank, world_size, s, k) for s, k in cases}
     # Graphs of two of three micro-batches are alive at once.
     kept = {f"zero{s} kept": tiny.train(rank, world_size, s, 3, kept=2) for s in (0, 1, 2)}
@@ -46,7 +46,7 @@ def all_cases(rank, world_size):
 def test_two_ranks_any_stage_any_accumulation_equal_plain_torch():
     values, expected = plain_torch()
     first, second = multiprocess.run(all_cases, 2)
-    assert len(first) == 12
+    assert len(first) == 13
     for case in first:
         mean = np.mean([first[case]["losses"], second[case]["losses"]], axis=0)
         np.testing.assert_allclose(mean, values, rtol=2e-5, err_msg=case)
@@ -78,7 +78,7 @@ class Graph(torch.nn.Module):
         pass
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3])
+@pytest.mark.parametrize("kept", [1, 2, 3])
 @pytest.mark.parametrize("name", ["unicl", "supcon", "multitask", "cross_entropy", "clip"])
 def test_cached_gradients_replay_drop_path(name, kept):
     """K = 3 with drop path 0.5: cached gradients equal those of one graph with the same noise."""
@@ -109,7 +109,7 @@ def test_cached_gradients_replay_drop_path(name, kept):
     assert compared > 5
 
 
-@pytest.mark.parametrize("kept", [0, 2, 3])
+@pytest.mark.parametrize("kept", [1, 2, 3])
 def test_batch_norms_count_each_micro_batch_once_and_in_order(kept):
     text = {"width": 16, "layers": 1, "heads": 2, "context_length": 12}
     image = {"name": "resnet10t", "size": 32, "kwargs": {}}

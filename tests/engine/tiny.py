@@ -48,7 +48,7 @@ OPTIM = OptimConfig(lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.1)
 
 def train(
     rank, world_size, stage, pieces, name="unicl", steps=3, size=12, bf16=False, drop_path=0.0,
-    kept=0, offload=False,
+    kept=None, offload=False,
 ):  # fmt: skip
     """Weights after `steps` steps of the engine on this rank's share of each batch."""
     module = build(name, drop_path)

@@ -1,4 +1,4 @@
-"""`data.decode`: reference against torchvision to the bit, fast against reference within bounds."""
+"""Training crops: `reference` against torchvision to the bit, `fast` within bounds of it."""
 
 import random
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from loaders import crops, decoders, views
+from loaders import crops, decoders, resample, views
 from loaders.errors import ConfigError
 from tests.loaders.conftest import encoded
 from tests.loaders.test_views import png_header, saved
@@ -16,7 +16,7 @@ from tests.loaders.test_views import png_header, saved
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = v2.InterpolationMode.BICUBIC
 SIZES = [(500, 375), (375, 500), (1024, 768), (64, 48), (900, 60), (7, 400), (1, 1)]
-fast_decode = views.decoder("fast")
+quick_decode = views.decoder()
 
 
 def textured(seed, size):
@@ -48,7 +48,9 @@ def test_reference_equals_torchvision_to_the_bit(size):
     ours = views.build_train("paper", 96, MEAN, STD)
     picture = textured(0, size)
     for seed in range(12):
-        assert torch.equal(draw(ours, picture, seed), draw(theirs, picture, seed)), seed
+        expected = draw(theirs, picture, seed)
+        for given in (picture, crops.to_pixels(picture)):
+            assert torch.equal(draw(ours, given, seed), expected), seed
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -79,7 +81,8 @@ def test_fast_pixels_are_near_the_reference(recipe, size):
     for seed in range(6):
         data = saved(textured(seed, size), "JPEG", quality=90)
         one = draw(reference, views.decode(data), seed).int()
-        other = draw(fast, fast_decode(data), seed).int()
+        assert torch.equal(draw(reference, quick_decode(data), seed).int(), one)
+        other = draw(fast, quick_decode(data), seed).int()
         difference = (one - other).abs()
         assert difference.max() <= highest
         means.append(difference.float().mean().item())
@@ -99,7 +102,7 @@ def test_fast_draws_the_same_boxes(monkeypatch):
         )
         for seed in range(20):
             data = encoded(seed, (200, 150))
-            draw(crop, views.decode(data) if decode == "reference" else fast_decode(data), seed)
+            draw(crop, quick_decode(data), seed)
     assert boxes["fast"] == boxes["reference"]
     assert len(set(boxes["fast"])) == 20
 
@@ -154,7 +157,7 @@ def outcome(decode, data):
 
 @pytest.mark.parametrize(("name", "data"), odd_files().items(), ids=odd_files())
 def test_odd_files_give_the_same_as_the_reference(name, data):
-    np.testing.assert_array_equal(outcome(fast_decode, data), outcome(views.decode, data))
+    np.testing.assert_array_equal(outcome(quick_decode, data), outcome(views.decode, data))
 
 
 def test_damaged_files_give_the_same_as_the_reference():
@@ -164,15 +167,39 @@ def test_damaged_files_give_the_same_as_the_reference():
         for place in rng.integers(0, len(bad), rng.integers(1, 4)):
             bad[place] = rng.integers(256)
         np.testing.assert_array_equal(
-            outcome(fast_decode, bytes(bad)), outcome(views.decode, bytes(bad))
+            outcome(quick_decode, bytes(bad)), outcome(views.decode, bytes(bad))
         )
         taken += decoders.decode_plain(bytes(bad)) is not None
     assert taken > 50  # many damaged files are still decoded by torchvision
 
 
 def test_another_word_is_refused():
-    for make in (views.decoder, lambda word: views.build_train("paper", 24, MEAN, STD, word)):
-        with pytest.raises(
-            ConfigError, match=r"data\.decode='quick' is not one of reference, fast"
-        ):
-            make("quick")
+    with pytest.raises(ConfigError, match=r"data\.decode='quick' is not one of reference, fast"):
+        views.build_train("paper", 24, MEAN, STD, "quick")
+
+
+def test_pillow_resizes_itself_where_it_has_other_pixels(monkeypatch):
+    crops._reference.cache_clear()
+    assert crops.resizer("reference") is crops.resize_exactly
+    crops._reference.cache_clear()
+    right = resample.resize
+    monkeypatch.setattr(resample, "resize", lambda *a: right(*a) ^ (np.arange(32) == 5))
+    with pytest.warns(UserWarning, match=r"Pillow [\d.]+ resizes otherwise"):
+        assert crops.resizer("reference") is crops.resize_by_pillow
+    picture = textured(1, (60, 50))
+    boxed = crops.resize_by_pillow(crops.to_pixels(picture), (3, 2, 50, 40), 24)
+    assert torch.equal(boxed, crops.resize_by_pillow(picture, (3, 2, 50, 40), 24))
+    crops._reference.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", [lambda data: None, lambda data: right_pixels(data) ^ 1])
+def test_pillow_decodes_where_torchvision_does_not_do_the_same(monkeypatch, wrong):
+    views.decoder.cache_clear()
+    monkeypatch.setattr(decoders, "decode_plain", wrong)
+    with pytest.warns(UserWarning, match="torchvision does not decode JPEGs as Pillow does"):
+        assert views.decoder() is views.decode
+    views.decoder.cache_clear()
+
+
+def right_pixels(data):
+    return crops.to_pixels(views.decode(data))
