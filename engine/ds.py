@@ -93,8 +93,9 @@ def resolve(
         ds[key] = value
     if stage(ds) == 3 and cfg.train.graph_memory_gb:
         raise ConfigError(
-            f"{path}: train.graph_memory_gb={cfg.train.graph_memory_gb} does not work with ZeRO stage "
-            "3, which loses gradients when several graphs are alive; set it to 0, or use stage 0 to 2"
+            f"{path}: train.graph_memory_gb={cfg.train.graph_memory_gb} does not work with ZeRO "
+            "stage 3, whose gradients are wrong when several graphs are alive; set it to 0, or "
+            "use stage 0 to 2"
         )
     left = list(_autos(ds))
     if left:

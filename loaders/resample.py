@@ -109,7 +109,7 @@ def _turn(source: Pixels, target: Pixels) -> None:
 def _add(
     lines: Pixels, start: int, step: int, left: int, weights: Pixels, total: Pixels, to: Pixels
 ) -> None:
-    """to[x] = sum over i of weights[i] * lines[start + i * step, left + x], for all x of `total`."""
+    """to[x] = sum over i of weights[i] * lines[start + i * step, left + x], x < len(total)."""
     total[:] = _HALF
     for i in range(len(weights)):
         weight, line = weights[i], lines[start + i * step, left : left + len(total)]
