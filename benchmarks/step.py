@@ -1,44 +1,39 @@
 """Training end to end against open_clip: same towers, weights, shards, batch, optimizer and rates.
 
 Ours is `train.py` under DeepSpeed ZeRO-1, the peer `open_clip_train.main` (DDP, `--local-loss
---gather-with-grad`), each on 2 gloo processes of one thread with one loader process. The towers
-are UniCL's made small: a Swin and a causal transformer of 77 tokens that cost about 2 to 1, as
-Swin-T and 12 layers of width 512 do. Captions have 8 to 20 words.
+--gather-with-grad`), each on 2 gloo processes of one thread with one loader process. Captions have
+8 to 20 words. The loads: towers made small, a Swin and a causal transformer of 77 tokens that cost
+about 2 to 1; the same with a larger batch in 4 micro-batches, both sides with exact gradient
+caching (`train.accumulation`, `--accum-freq`); and the paper's own towers, Swin-T at 224 pixels and
+12 layers of width 512, a few steps of a small batch.
 
 Speed and memory come from runs on random crops, in turns; their loss curves must agree within
 noise. A stricter check repeats one fixed global batch: there the order of samples does not matter,
 and both sides must reach the same weights but for rounding.
 """
 
-import io
-import json
-import random
 import shutil
 import statistics
-import tarfile
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from matplotlib import pyplot
-from PIL import Image
 from safetensors.torch import save_file
 
-import models
 from benchmarks import harness
+from benchmarks.step_data import write_shards, write_weights
 from benchmarks.step_sides import RANKS, WORKERS, Run, Task, open_clip, ours
-from engine.export import export
 from engine.export_open_clip import WEIGHTS_FILE
 from loaders import manifest, tokenizers, views
 from loaders.texts import read_caption
 from losses.unicl import unicl_loss
 from models import weights
-from models.open_clip_config import CONFIG_FILE
 
 SIDES = {"ours": ours, "open_clip": open_clip}
-MODEL = {
+SMALL = {
     "image": {
         "name": "swin_tiny",
         "size": 80,
@@ -51,81 +46,58 @@ MODEL = {
     "embed_dim": 128,
     "logit_scale_init": 2.659260036932778,
 }  # fmt: skip
-IMAGE_SIZE = (256, 256)  # as img2dataset stores web images; drawings of 64 pixels, enlarged
-WORDS = (8, 20)
-BATCH, STEPS, WARMUP, ROUNDS = 128, 30, 10, 2
-RATE, SAMPLES, SHARDS = 5e-4, 4068, 4  # less than one pass
+PAPER = {
+    "image": {"name": "swin_tiny", "size": 224, "kwargs": {"drop_path_rate": 0.0}},
+    "text": {"width": 512, "layers": 12, "heads": 8},
+    "embed_dim": 512,
+    "logit_scale_init": 2.659260036932778,
+}
+RATE, SAMPLES, SHARDS, ROUNDS = 5e-4, 8192, 4, 2  # no run sees a sample twice
 LAST = 10  # steps whose losses are compared
 # A low rate: at the other one the loss of a single batch jumps, and rounding grows with it.
-FIXED_STEPS, FIXED_RATE = 10, 1e-4
-TAIL = (
-    "with plain flat colours on an empty white background seen from the front and made by hand "
-    "for everyone to use"
+FIXED_BATCH, FIXED_STEPS, FIXED_RATE = 128, 10, 1e-4
+
+
+@dataclass
+class Load:
+    """One training that is compared; `pieces`: micro-batches of a rank (gradient caching)."""
+
+    name: str
+    model: dict
+    batch: int
+    pieces: int
+    steps: int
+
+    @property
+    def warmup(self) -> int:
+        return min(10, self.steps // 3)
+
+
+LOADS = (
+    Load("small towers", SMALL, 128, 1, 30),
+    Load("small towers, 4 micro-batches", SMALL, 512, 4, 15),
+    Load("the paper's towers", PAPER, 64, 1, 6),
 )
 
 
-def write_shards(folder: Path, samples: int, shards: int) -> Path:
-    """FOLDER/{00000..}.tar with clip art and captions of WORDS words, `sizes.json` beside them."""
-    source, rng = manifest.open_shards("data/quickstart/openclipart_train"), random.Random(0)
-    folder.mkdir(parents=True)
-    sizes = {}
-    for shard in range(shards):
-        path = folder / f"{shard:05}.tar"
-        chosen = range(shard, samples, shards)
-        sizes[path.name] = len(chosen)
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for index in chosen:
-                words = [
-                    "a",
-                    "drawing",
-                    "of",
-                    *read_caption(source, index, "txt").split(),
-                    *TAIL.split(),
-                ]
-                caption = " ".join(words[: rng.randint(*WORDS)])
-                file = io.BytesIO()
-                picture = Image.open(io.BytesIO(source.read_image(index)))
-                picture.resize(IMAGE_SIZE, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-                for suffix, data in (("jpg", file.getvalue()), ("txt", caption.encode())):
-                    info = tarfile.TarInfo(f"{index:09}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    (folder / "sizes.json").write_text(json.dumps(sizes))
-    return folder
-
-
-def write_weights(folder: Path, seed: int) -> Path:
-    """An open_clip folder with the weights that `train.py` starts from with this seed."""
-    torch.manual_seed(seed)
-    state = {f"model.{k}": v.contiguous() for k, v in models.build(MODEL).state_dict().items()}
-    checkpoint = folder / "run/checkpoints/step_0000000"
-    checkpoint.mkdir(parents=True)
-    save_file(state, checkpoint / "model.safetensors")
-    (folder / "run/checkpoints/LAST_GOOD").write_text(checkpoint.name)
-    (folder / "run/config.yaml").write_text(yaml.safe_dump({"name": "run", "model": MODEL}))
-    export(folder / "run", "open_clip", folder / "open_clip")
-    # An export is for inference and leaves out drop path, which timm sets to 0.1 for Swin.
-    path = folder / "open_clip" / CONFIG_FILE
-    content = json.loads(path.read_text())
-    content["model_cfg"]["vision_cfg"]["timm_drop_path"] = 0.0
-    path.write_text(json.dumps(content))
-    return folder / "open_clip"
-
-
-def compare(place: Path, quick: bool) -> Iterator[dict]:
-    """Speed, time, memory and loss curves."""
-    steps, rounds = (12, 1) if quick else (STEPS, ROUNDS)
+def compare(place: Path, shards: Path, load: Load, quick: bool) -> Iterator[dict]:
+    """Speed, time and memory; loss curves where there are enough steps."""
+    steps, rounds = load.steps, ROUNDS
+    if quick:
+        steps, rounds = max(4, min(steps, 1536 // load.batch)), 1
     steady = min(50, steps - 1)
-    shards = write_shards(place / "shards", SAMPLES, SHARDS)
     runs: dict[str, list[Run]] = {side: [] for side in SIDES}
     for number in range(rounds):
-        start = write_weights(place / f"weights{number}", number)
-        task = Task(shards, MODEL, start, BATCH, steps, WARMUP, RATE, number)
+        start = write_weights(place / f"weights{number}", load.model, number)
+        task = Task(
+            shards, load.model, start, load.batch, steps, load.warmup, RATE, number, load.pieces
+        )
         for side in list(SIDES)[:: 1 if number % 2 == 0 else -1]:
             runs[side].append(SIDES[side](task, place / f"{side}{number}", steady))
     facts = {
-        "B": BATCH, "ranks": RANKS, "threads": 1, "workers": WORKERS, "rounds": rounds,
-        "steps": steps, "steady_steps": steady, "peer": "open_clip_torch 3.3.0",
+        "load": load.name, "B": load.batch, "micro_batches": load.pieces, "ranks": RANKS,
+        "threads": 1, "workers": WORKERS, "rounds": rounds, "steps": steps, "steady_steps": steady,
+        "peer": "open_clip_torch 3.3.0",
     }  # fmt: skip
 
     def values(key: str) -> dict[str, list[float]]:
@@ -146,14 +118,16 @@ def compare(place: Path, quick: bool) -> Iterator[dict]:
     ):
         value = ratio(key, "ours", "open_clip")
         yield harness.row(f"{name}, ours / open_clip", value, target, **values(key), **facts)
+    if steps < LAST:
+        return
     curves = {side: [run.losses for run in runs[side]] for side in SIDES}
     value, parts = _difference(curves)
     yield harness.row(
         f"mean loss of the last {LAST} steps, |ours - open_clip| / standard error", value, 3.0,
-        **parts, **facts, peer_curve="rows of rank 0 only, what open_clip logs",
+        **parts, **facts, peer_curve="what open_clip logs: the rows of rank 0 only",
     )  # fmt: skip
-    if not quick:
-        draw(curves, harness.RESULTS / "step_curves.png")
+    if not quick and load is LOADS[0]:
+        draw(curves, harness.RESULTS / "step_curves.png", load.batch)
 
 
 def _difference(curves: dict[str, list[list[float]]]) -> tuple[float, dict]:
@@ -173,10 +147,10 @@ def _difference(curves: dict[str, list[list[float]]]) -> tuple[float, dict]:
 
 def fixed_batch(place: Path, quick: bool) -> Iterator[dict]:
     """Both sides on one repeated global batch without random crops: the loss they end with."""
-    steps = 4 if quick else FIXED_STEPS
-    shards = write_shards(place / "fixed", BATCH, RANKS)
-    start = write_weights(place / "fixed_weights", 0)
-    task = Task(shards, MODEL, start, BATCH, steps, WARMUP, FIXED_RATE, 0, fixed_view=True)
+    steps = 8 if quick else FIXED_STEPS
+    shards = write_shards(place / "fixed", FIXED_BATCH, RANKS)
+    start = write_weights(place / "fixed_weights", SMALL, 0)
+    task = Task(shards, SMALL, start, FIXED_BATCH, steps, 10, FIXED_RATE, 0, fixed_view=True)
     ours(task, place / "fixed_ours", steps - 1)
     open_clip(task, place / "fixed_open_clip", steps - 1)
     models_after = {"start": start, "ours": place / "fixed_ours"}
@@ -186,7 +160,7 @@ def fixed_batch(place: Path, quick: bool) -> Iterator[dict]:
     difference = abs(found["ours"] - found["open_clip"]) / abs(found["start"] - found["ours"])
     yield harness.row(
         "one fixed batch: |loss of ours - open_clip| / change of the loss in training",
-        difference, 0.01, B=BATCH, ranks=RANKS, steps=steps, **found,
+        difference, 0.01, B=FIXED_BATCH, ranks=RANKS, steps=steps, **found,
     )  # fmt: skip
 
 
@@ -203,7 +177,7 @@ def _peer_weights(run: Path, start: Path) -> Path:
 def _whole(shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of the shards, without random crop, and their token ids."""
     source = manifest.open_shards(shards, kind="image_text")
-    size = MODEL["image"]["size"]
+    size = SMALL["image"]["size"]
     view, tokenize = views.build_eval(size, size), tokenizers.build()
     everything = range(len(source))
     images = torch.stack([view(views.decode(source.read_image(i))) for i in everything])
@@ -218,7 +192,7 @@ def _loss(path: Path, images: torch.Tensor, ids: torch.Tensor) -> float:
     return unicl_loss(image, text, torch.full((len(ids),), -1), scale).item()
 
 
-def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
+def draw(curves: dict[str, list[list[float]]], path: Path, batch: int) -> None:
     """Loss by step: a faint line a step, a strong one averaged over 5."""
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for side, colour in zip(curves, ("tab:blue", "tab:orange"), strict=True):
@@ -230,7 +204,7 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
                 range(1, len(smooth) + 1), smooth, style, color=colour,
                 label=f"{side.replace('_', ' ')}, seed {number}".replace("open clip", "open_clip"),
             )  # fmt: skip
-    axes.set(xlabel="step", ylabel=f"CLIP loss, global batch {BATCH}")
+    axes.set(xlabel="step", ylabel=f"CLIP loss, global batch {batch}")
     axes.grid(alpha=0.3)
     axes.legend(title="mean of 5 steps")
     figure.savefig(path, dpi=120)
@@ -239,9 +213,12 @@ def draw(curves: dict[str, list[list[float]]], path: Path) -> None:
 
 def rows(quick: bool) -> Iterator[dict]:
     """All rows."""
-    with tempfile.TemporaryDirectory() as place:
-        yield from fixed_batch(Path(place), quick)
-        yield from compare(Path(place), quick)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        yield from fixed_batch(place, quick)
+        shards = write_shards(place / "shards", SAMPLES, SHARDS)
+        for number, load in enumerate(LOADS):
+            yield from compare(place / f"load{number}", shards, load, quick)
 
 
 if __name__ == "__main__":

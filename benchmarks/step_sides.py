@@ -33,6 +33,7 @@ class Task:
     Attributes:
         shards: folder with `{00000..}.tar` and `sizes.json`. model: `model:` section.
         weights: open_clip folder with the initial weights, those of `seed`.
+        pieces: micro-batches of a rank, by exact gradient caching on both sides.
         fixed_view: the whole image instead of a random crop.
     """
 
@@ -44,6 +45,7 @@ class Task:
     warmup: int
     rate: float
     seed: int
+    pieces: int = 1
     fixed_view: bool = False
 
 
@@ -70,7 +72,9 @@ def ours(task: Task, folder: Path, steady: int) -> Run:
         "loss": {"name": "clip"},
         "model": task.model,
         "data": {"image_text": str(task.shards), "augmentation": augmentation, "workers": WORKERS},
-        "train": {"global_batch": task.batch, "steps": task.steps},
+        "train": {
+            "global_batch": task.batch, "steps": task.steps, "accumulation": task.pieces,
+        },
         "optim": {
             "lr": task.rate, "warmup_lr": 0.0, "min_lr": 0.0, "warmup_steps": task.warmup,
             "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY,
@@ -99,7 +103,8 @@ def open_clip(task: Task, folder: Path, steady: int) -> Run:
         "train-data": f"{task.shards}/{{{shards[0].stem}..{shards[-1].stem}}}.tar",
         "dataset-type": "webdataset",
         "train-num-samples": task.batch * task.steps,
-        "batch-size": task.batch // RANKS,
+        "batch-size": task.batch // RANKS // task.pieces,
+        "accum-freq": task.pieces,
         "epochs": 1,
         "warmup": task.warmup,
         "workers": WORKERS,
