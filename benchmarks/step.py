@@ -76,7 +76,7 @@ class Load:
 LOADS = (
     Load("small towers", SMALL, 128, 1, 30),
     Load("small towers, 4 micro-batches", SMALL, 512, 4, 15),
-    Load("the paper's towers", PAPER, 64, 1, 6),
+    Load("the paper's towers", PAPER, 64, 1, 5),
 )
 
 
