@@ -2,7 +2,8 @@
 # make test         environment and all tests
 # make soak         runs killed fifty times and more, long fuzzing (an hour and more)
 # make lint         ruff
-# make bench        ratios against named peers, into benchmarks/results/ (an hour and more)
+# make bench        ratios against named peers, into benchmarks/results/ and docs/benchmarks.md
+#                   (an hour and more)
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -52,3 +53,4 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name || exit $$?; done
+	$(BIN)/python -m benchmarks.table

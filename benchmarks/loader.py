@@ -178,7 +178,7 @@ def rows(quick: bool) -> Iterator[dict]:
             "normalising_ms_per_image": round(1000 * statistics.median(seconds) / BATCH, 2),
         }  # fmt: skip
         braces = str(folder / f"{{00000..{SHARDS - 1:05d}}}.tar")
-        yield from from_tar(paths, samples, 3 * rounds)
+        yield from from_tar(paths, samples, 2 * rounds)
         yield from compare(braces, samples, rounds, facts, pin)
         yield from scaling(braces, samples, rounds, pin)
 

@@ -8,8 +8,8 @@ caching (`train.accumulation`, `--accum-freq`); and the paper's own towers, Swin
 12 layers of width 512, a few steps of a small batch.
 
 Speed and memory come from runs on random crops, in turns; their loss curves must agree within
-noise. A stricter check repeats one fixed global batch: there the order of samples does not matter,
-and both sides must reach the same weights but for rounding.
+noise, which is the spread over seeds. A stricter check repeats one fixed global batch: there the
+order of samples does not matter, and both sides must reach the same weights but for rounding.
 """
 
 import shutil
@@ -52,7 +52,7 @@ PAPER = {
     "embed_dim": 512,
     "logit_scale_init": 2.659260036932778,
 }
-RATE, SAMPLES, SHARDS, ROUNDS = 5e-4, 8192, 4, 2  # no run sees a sample twice
+RATE, SAMPLES, SHARDS = 5e-4, 8192, 4  # no run sees a sample twice
 LAST = 10  # steps whose losses are compared
 # A low rate: at the other one the loss of a single batch jumps, and rounding grows with it.
 FIXED_BATCH, FIXED_STEPS, FIXED_RATE = 128, 10, 1e-4
@@ -60,13 +60,17 @@ FIXED_BATCH, FIXED_STEPS, FIXED_RATE = 128, 10, 1e-4
 
 @dataclass
 class Load:
-    """One training that is compared; `pieces`: micro-batches of a rank (gradient caching)."""
+    """One training that is compared, `rounds` times with other seeds.
+
+    `pieces`: micro-batches of a rank (gradient caching).
+    """
 
     name: str
     model: dict
     batch: int
     pieces: int
     steps: int
+    rounds: int
 
     @property
     def warmup(self) -> int:
@@ -74,15 +78,15 @@ class Load:
 
 
 LOADS = (
-    Load("small towers", SMALL, 128, 1, 30),
-    Load("small towers, 4 micro-batches", SMALL, 512, 4, 15),
-    Load("the paper's towers", PAPER, 64, 1, 5),
+    Load("small towers", SMALL, 128, 1, 30, 3),
+    Load("small towers, 4 micro-batches", SMALL, 512, 4, 15, 3),
+    Load("the paper's towers", PAPER, 64, 1, 5, 2),
 )
 
 
 def compare(place: Path, shards: Path, load: Load, quick: bool) -> Iterator[dict]:
     """Speed, time and memory; loss curves where there are enough steps."""
-    steps, rounds = load.steps, ROUNDS
+    steps, rounds = load.steps, load.rounds
     if quick:
         steps, rounds = max(4, min(steps, 1536 // load.batch)), 1
     steady = min(50, steps - 1)
@@ -118,7 +122,7 @@ def compare(place: Path, shards: Path, load: Load, quick: bool) -> Iterator[dict
     ):
         value = ratio(key, "ours", "open_clip")
         yield harness.row(f"{name}, ours / open_clip", value, target, **values(key), **facts)
-    if steps < LAST:
+    if rounds < 3 or steps < LAST:
         return
     curves = {side: [run.losses for run in runs[side]] for side in SIDES}
     value, parts = _difference(curves)
@@ -132,25 +136,23 @@ def compare(place: Path, shards: Path, load: Load, quick: bool) -> Iterator[dict
 
 def _difference(curves: dict[str, list[list[float]]]) -> tuple[float, dict]:
     """Difference of the sides' mean losses over the last steps in standard errors, from the spread
-    over steps; what it is made of."""
-    ends = {side: [losses[-LAST:] for losses in curves[side]] for side in SIDES}
-    means = {side: statistics.mean(map(statistics.mean, ends[side])) for side in SIDES}
-    variance = sum(
-        statistics.variance(end) / len(end) / len(ends[side]) ** 2
-        for side in SIDES
-        for end in ends[side]
-    )
-    difference, error = abs(means["ours"] - means["open_clip"]), variance**0.5
-    facts = {f"{side}_loss": round(mean, 4) for side, mean in means.items()}
+    over the runs, whose order of samples differs; what it is made of."""
+    ends = {side: [statistics.mean(losses[-LAST:]) for losses in curves[side]] for side in SIDES}
+    error = sum(statistics.variance(end) / len(end) for end in ends.values()) ** 0.5
+    means = {side: statistics.mean(end) for side, end in ends.items()}
+    facts = {f"{side}_loss": [round(value, 4) for value in end] for side, end in ends.items()}
+    difference = abs(means["ours"] - means["open_clip"])
     return difference / error, facts | {"standard_error": round(error, 4)}
 
 
-def fixed_batch(place: Path, quick: bool) -> Iterator[dict]:
+def fixed_batch(place: Path, pieces: int, quick: bool) -> Iterator[dict]:
     """Both sides on one repeated global batch without random crops: the loss they end with."""
     steps = 8 if quick else FIXED_STEPS
     shards = write_shards(place / "fixed", FIXED_BATCH, RANKS)
     start = write_weights(place / "fixed_weights", SMALL, 0)
-    task = Task(shards, SMALL, start, FIXED_BATCH, steps, 10, FIXED_RATE, 0, fixed_view=True)
+    task = Task(
+        shards, SMALL, start, FIXED_BATCH, steps, 10, FIXED_RATE, 0, pieces, fixed_view=True
+    )
     ours(task, place / "fixed_ours", steps - 1)
     open_clip(task, place / "fixed_open_clip", steps - 1)
     models_after = {"start": start, "ours": place / "fixed_ours"}
@@ -160,7 +162,7 @@ def fixed_batch(place: Path, quick: bool) -> Iterator[dict]:
     difference = abs(found["ours"] - found["open_clip"]) / abs(found["start"] - found["ours"])
     yield harness.row(
         "one fixed batch: |loss of ours - open_clip| / change of the loss in training",
-        difference, 0.01, B=FIXED_BATCH, ranks=RANKS, steps=steps, **found,
+        difference, 0.01, B=FIXED_BATCH, micro_batches=pieces, ranks=RANKS, steps=steps, **found,
     )  # fmt: skip
 
 
@@ -215,7 +217,8 @@ def rows(quick: bool) -> Iterator[dict]:
     """All rows."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        yield from fixed_batch(place, quick)
+        for pieces in (1, 4):
+            yield from fixed_batch(place / f"pieces{pieces}", pieces, quick)
         shards = write_shards(place / "shards", SAMPLES, SHARDS)
         for number, load in enumerate(LOADS):
             yield from compare(place / f"load{number}", shards, load, quick)

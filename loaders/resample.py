@@ -7,13 +7,18 @@ added at once by vector instructions. Rows are turned into columns for that, eig
 and the result comes in planes, as tensors want it.
 
 Numba compiles this when it is imported (some seconds) and keeps the result in `__pycache__` or,
-where that cannot be written, in the user's cache folder.
+where that cannot be written, in the user's cache folder, apart for each kind of processor: nodes
+of two kinds that start at once on one file system could take each other's code from one folder.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from numba import njit
+from llvmlite import binding
+from numba import config, njit
 
 Pixels = np.ndarray
 Box = tuple[int, int, int, int]
@@ -29,12 +34,26 @@ _MASK_HALVES = np.uint64(0x0000FFFF0000FFFF)
 _MASK_QUARTERS = np.uint64(0x00FF00FF00FF00FF)
 
 
+def _folder() -> Path:
+    """Where the compiled code for this kind of processor is kept."""
+    here = Path(__file__).parent
+    base = here / "__pycache__"
+    if not os.access(base if base.exists() else here, os.W_OK):
+        base = Path("~/.cache/unicl").expanduser()
+    processor = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
+    return base / f"numba-{hashlib.blake2b(processor.encode(), digest_size=6).hexdigest()}"
+
+
 def _compiled(signature: str) -> Callable[[Callable], Callable]:
     def compile_(function: Callable) -> Callable:
+        chosen = config.CACHE_DIR  # of the user: NUMBA_CACHE_DIR
+        config.CACHE_DIR = chosen or str(_folder())
         try:
             return njit(signature, cache=True, nogil=True)(function)
-        except RuntimeError:  # no folder to keep the result in: every process compiles
+        except RuntimeError:  # no folder can be written to: every process compiles
             return njit(signature, nogil=True)(function)
+        finally:
+            config.CACHE_DIR = chosen
 
     return compile_
 

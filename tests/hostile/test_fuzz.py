@@ -24,7 +24,7 @@ from loaders.errors import ConfigError, DataError
 from loaders.manifest import MissingMember, ShardSet, open_shards, write_manifest
 from loaders.printable import printable
 from loaders.texts import BadText, read_caption
-from loaders.views import BadImage, decode
+from loaders.views import BadImage, decoder
 from models import weight_files
 from tests.hostile import mutations
 from tests.hostile.test_config import GOOD
@@ -93,7 +93,7 @@ def read_all(shards: ShardSet) -> None:
     """Read every part of every sample, as training does."""
     for i in range(len(shards)):
         with contextlib.suppress(BadImage, MissingMember):
-            decode(shards.read_image(i))
+            decoder()(shards.read_image(i))
         for choice in ("txt", "json.caption"):
             with contextlib.suppress(BadText):
                 read_caption(shards, i, choice)

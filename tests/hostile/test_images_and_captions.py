@@ -82,8 +82,9 @@ def bomb(what: str) -> bytes:
 @pytest.mark.parametrize("what", BOMBS)
 def test_bombs_are_bad_images_in_training_and_faults_in_verify(what):
     data = bomb(what)
-    with pytest.raises(views.BadImage, match=BOMBS[what][1]):
-        views.decode(data)
+    for decode in (views.decode, views.decoder()):
+        with pytest.raises(views.BadImage, match=BOMBS[what][1]):
+            decode(data)
     if "scans" not in what:  # verify decodes as often as there are images, and bounds no scans
         assert list(_image_faults(memoryview(data), True)), what
 
@@ -145,7 +146,9 @@ def test_training_replaces_bombs_and_evaluation_names_them(tmp_path, tokenizer):
     members += [m for i in range(9) for m in sample(f"good{i}", i, txt=b"good")]
     shards = open_shards(write_tar(tmp_path / "set" / "0.tar", members))
     options, view = TextOptions(["a {}"]), views.build_eval(16, 16)
-    dataset = TripletDataset([shards], LabelSpace([shards]), [view], options, tokenizer, seed=0)
+    dataset = TripletDataset(
+        [shards], LabelSpace([shards]), [view], options, tokenizer, seed=0, decode=views.decoder()
+    )
     for i in range(len(bombs)):
         found = dataset[0, i, i]
         assert found["uid"] >= len(bombs)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +62,18 @@ def test_random_boxes_of_random_images():
     assert 10 < columns_first < 140
 
 
-def test_works_where_nothing_can_be_kept(tmp_path):
+def test_code_is_kept_apart_for_each_kind_of_processor(monkeypatch):
+    here = Path(resample.__file__).parent / "__pycache__"
+    folder = resample._folder()
+    assert folder.parent == here
+    assert Path(resample._rows.stats.cache_path).is_relative_to(folder)
+    monkeypatch.setattr(resample.binding, "get_host_cpu_name", lambda: "another")
+    assert resample._folder() not in (folder, here)
+    monkeypatch.setattr(resample.os, "access", lambda path, mode: False)
+    assert not resample._folder().is_relative_to(here)
+
+
+def test_works_where_nothing_can_be_kept():
     """No folder for compiled code, as for a user without a home on a shared installation."""
     code = (
         "import numba.core.caching as caching\n"

@@ -1,0 +1,67 @@
+"""`docs/benchmarks.md` from `benchmarks/results/`: every row with its target, missed ones in bold.
+
+python -m benchmarks.table          # after `make bench`
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.harness import RESULTS
+
+PAGE = Path(__file__).parent.parent / "docs/benchmarks.md"
+HEAD = """# Benchmarks
+
+Ratios against named peers, measured side by side on one machine without a GPU by `make bench`.
+Each row is a line of `benchmarks/results/*.jsonl`, where all its figures stand; what is compared,
+and how, is said at the top of `benchmarks/NAME.py`. `python -m benchmarks.table` writes this page.
+"""
+PICTURES = (
+    "![Loss by step on both sides](../benchmarks/results/step_curves.png)",
+    "",
+    "![Step time from 1 to 512 GPUs, computed](../benchmarks/results/scaling_model.png)",
+    "",
+)
+# What tells rows of one name apart.
+KEYS = ("load", "crop", "B", "micro_batches", "ranks", "samples", "images", "texts")
+
+
+def write() -> str:
+    """The page: a table for each file of results."""
+    parts = [HEAD]
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if "value" in rows[0]:  # the model of large clusters computes and compares nothing
+            parts.append(_section(path.stem, rows))
+    return "\n".join([*parts, *PICTURES])
+
+
+def _section(name: str, rows: list[dict]) -> str:
+    machine, date = rows[0]["machine"], rows[0]["date"]
+    lines = [
+        f"## {name}",
+        "",
+        f"{machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}, {date}.",
+        "",
+        "| what | value | target |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        facts = ", ".join(
+            f"{key} {row[key]}" for key in KEYS if isinstance(row.get(key), int | str)
+        )
+        value = f"{row['value']:.4g}"
+        missed = row.get("met") is False
+        lines.append(
+            f"| {_cell(row['name'])}{f' ({_cell(facts)})' if facts else ''} "
+            f"| {f'**{value}**' if missed else value} "
+            f"| {row.get('target', '')}{', missed' if missed else ''} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write(), encoding="utf-8")
