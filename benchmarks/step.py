@@ -79,7 +79,7 @@ class Load:
 
 LOADS = (
     Load("small towers", SMALL, 128, 1, 30, 3),
-    Load("small towers, 4 micro-batches", SMALL, 512, 4, 15, 3),
+    Load("small towers, 4 micro-batches", SMALL, 512, 4, 12, 2),
     Load("the paper's towers", PAPER, 64, 1, 5, 2),
 )
 

@@ -58,7 +58,7 @@ def _compiled(signature: str) -> Callable[[Callable], Callable]:
     return compile_
 
 
-@_compiled("float64(float64)")
+@njit(nogil=True)
 def _cubic(x: float) -> float:
     x = abs(x)
     if x < 1.0:
@@ -68,7 +68,7 @@ def _cubic(x: float) -> float:
     return 0.0
 
 
-@_compiled("Tuple((int64[::1], int64[::1], int32[:, ::1]))(int64, int64)")
+@njit(nogil=True)
 def _weights(n_in: int, n_out: int) -> tuple[Pixels, Pixels, Pixels]:
     """First pixel (n_out), number of pixels (n_out), weights int32 (n_out, most pixels)."""
     scale = n_in / n_out
@@ -92,14 +92,14 @@ def _weights(n_in: int, n_out: int) -> tuple[Pixels, Pixels, Pixels]:
     return first, count, table
 
 
-@_compiled("UniTuple(uint64, 2)(uint64, uint64, uint64, uint64)")
+@njit(nogil=True)
 def _swap(a: int, b: int, shift: int, mask: int) -> tuple[int, int]:
     """The masked high part of `a` and the masked low part of `b`, exchanged."""
     moved = ((a >> shift) ^ b) & mask
     return a ^ (moved << shift), b ^ moved
 
 
-@_compiled("void(uint64[:, ::1], uint64[:, ::1])")
+@njit(nogil=True)
 def _turn(source: Pixels, target: Pixels) -> None:
     """Bytes transposed: uint64 (8 m, n) -> uint64 (8 n, m), each of eight bytes in a row.
 
@@ -124,7 +124,7 @@ def _turn(source: Pixels, target: Pixels) -> None:
             target[t + 6, m], target[t + 7, m] = _swap(a6, a7, _QUARTERS, _MASK_QUARTERS)
 
 
-@_compiled("void(uint8[:, ::1], int64, int64, int64, int32[::1], int32[::1], uint8[::1])")
+@njit(nogil=True)
 def _add(
     lines: Pixels, start: int, step: int, left: int, weights: Pixels, total: Pixels, to: Pixels
 ) -> None:
