@@ -37,8 +37,8 @@ class DataConfig:
     caption: str = "txt"  # txt | json.KEY
     templates: str | None = "unicl_81"  # preset of prompts/templates.json, or a file
     augmentation: str | None = "paper"  # recipe of loaders/views.py
-    # reference | fast: training images resized by Pillow, the pixels of torchvision and timm to
-    # the bit, or by torch, two levels of 255 away at most, in less time
+    # reference | fast: training images with the pixels of torchvision and timm on Pillow to the
+    # bit, or resized by torch, two levels of 255 away at most
     decode: str = "reference"
     workers: int = 4  # per rank
     max_bad_fraction: float = 0.01  # more unreadable samples than this end the run

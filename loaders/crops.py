@@ -63,10 +63,15 @@ class TimmCrop:
         return to_pil_image(self._resize(picture, box, crop.size[0]))
 
 
-def resizer(decode: str) -> Resizer:
-    """The function of a choice; `ConfigError` for another word."""
+def check_decode(decode: str) -> None:
+    """`ConfigError` for a word that is not a choice."""
     if decode not in DECODES:
         raise ConfigError(f"data.decode={decode!r} is not one of {', '.join(DECODES)}")
+
+
+def resizer(decode: str) -> Resizer:
+    """The function of a choice; raises as `check_decode`."""
+    check_decode(decode)
     return _reference() if decode == "reference" else resize_by_torch
 
 

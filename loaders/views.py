@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.crops import Picture, RandomCrop, TimmCrop, resizer, to_pixels, to_tensor
+from loaders.crops import Picture, RandomCrop, TimmCrop, check_decode, to_pixels, to_tensor
 from loaders.decoders import FORMATS as FORMATS
 from loaders.decoders import MAX_PIXELS, BadImage
 from loaders.decoders import decode as decode
@@ -54,7 +54,7 @@ def build_train(
         none: resize of the shorter side and centre crop.
     Raises `ConfigError` for another name.
     """
-    resizer(decode)  # refuses another word
+    check_decode(decode)
     if recipe == "unicl_release":
         return _ReleaseView(size, mean, std, decode)
     if recipe == "none":

@@ -10,6 +10,7 @@ from PIL import Image
 
 from loaders import resample
 
+ROOT = Path(__file__).parents[2]
 BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -84,5 +85,5 @@ def test_works_where_nothing_can_be_kept():
         "assert (resample.resize(grey, (0, 0, 20, 30), 8, 9) == 7).all()\n"
         "assert not resample._rows.stats.cache_path\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
