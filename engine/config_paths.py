@@ -49,6 +49,17 @@ def settle(cfg: DictConfig, layers: Sequence[Layer]) -> None:
             OmegaConf.update(cfg, key, value, merge=False)
 
 
+def advice(spec: str) -> str:
+    """Where a part of a data specification that is nowhere was looked for; else nothing."""
+    parts = [part for part in spec.split("::") if part and not specs.exists(part)]
+    if all(os.path.isabs(part) for part in parts):
+        return ""
+    return (
+        f"; a relative path is looked for in {Path().absolute()}, and one that stands in a "
+        f"configuration file then in the folder of that file and in {ROOT}"
+    )
+
+
 def _places(key: str, layers: Sequence[Layer]) -> list[Path]:
     """Folders in which a relative path of this key is looked for; the first is the current one."""
     unset = object()

@@ -29,7 +29,7 @@ def local(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def argument(text: str) -> Path:
+def as_path(text: str) -> Path:
     """`local` as the `type` of an argument of argparse, which says the name of the option."""
     try:
         return Path(local(text))
