@@ -3,8 +3,8 @@
 YAML reads `20241127_123200` as a number and ` #1` as a comment. So a value that is typed, as
 `key=value` or behind a flag, is read by the type of its key: text as it was typed, everything else
 by YAML. Two readings are left: a pair of quotes around the whole value is taken off, and `null`
-means none where a key may be none. In a file YAML's rules hold; a text that YAML reads as something
-else is refused where characters would be lost.
+means none where a key may be none. In a file, and in a typed mapping such as `model={…}`, YAML's
+rules hold; a text that YAML reads as something else is refused where characters would be lost.
 """
 
 import dataclasses
@@ -68,8 +68,11 @@ def typed(override: str, run: type, loss: type | None = None) -> DictConfig:
         if known & {str, list}:
             return _layer(key, _text(key, text, known))
         layer = OmegaConf.from_dotlist([override])
-        if not known and isinstance(OmegaConf.select(layer, key), str):
+        value = OmegaConf.select(layer, key)
+        if not known and isinstance(value, str):
             return _layer(key, _unquoted(text))  # YAML, too, takes it for a text
+        if OmegaConf.is_config(value):
+            keep_text(layer, plain_scalars(text, OmegaConf.to_container(value), key), run, loss)
         return layer
     except ConfigError:
         raise
@@ -77,22 +80,22 @@ def typed(override: str, run: type, loss: type | None = None) -> DictConfig:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
-def plain_scalars(text: str, values: Any) -> list[tuple[str, str, Any]]:
-    """(key, characters, value) of what a YAML file holds without quotes and YAML read as no text.
+def plain_scalars(text: str, values: Any, key: str = "") -> list[tuple[str, str, Any]]:
+    """(key, characters, value) of what YAML holds without quotes and was read as no text.
 
     Args:
-        text: of the file, already checked. values: the container that it was read as.
+        text: YAML, already checked. values: the container that it was read as. key: where it is.
     """
-    return list(_scalars(yaml.compose(text, Loader=yaml.SafeLoader), values, ""))
+    return list(_scalars(yaml.compose(text, Loader=yaml.SafeLoader), values, key))
 
 
 def keep_text(
     layer: DictConfig, scalars: list[tuple[str, str, Any]], run: type, loss: type | None
 ) -> None:
-    """Make texts of a file's values that YAML read as numbers or truth values, in place.
+    """Make texts of the values that YAML read as numbers or truth values, in place.
 
     Raises:
-        ConfigError: the text that YAML's value gives is not what stands in the file.
+        ConfigError: the text that YAML's value gives is not what stands there.
     """
     for key, characters, value in scalars:
         known = kinds(key, run, loss)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 import train
 from engine import build, config
 from loaders.errors import ConfigError, DataError
+from tests.loaders.conftest import sample, write_tar
 
 ROOT = Path(__file__).parent.parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart_unicl.yaml"
@@ -68,6 +69,8 @@ def test_a_typed_text_keeps_its_characters(override, value, tmp_path):
         ("name=a\x1b[31m", "control characters"),
         ("loss.name=007", "loss.name='007' is unknown"),
         ("model.text.pooling=1e3", "got '1e3'"),
+        ("loss={products: 1e3}", "loss.products is a text, and YAML reads 1e3 as 1000.0"),
+        ("model.text={tokenizer: 007}", "model.text.tokenizer is a text"),
         ("loss.products=1e3", "loss.products='1e3' is not one of"),
         ("log.report_to=[wandb #1]", "'wandb #1' is not one of"),
     ],
@@ -186,6 +189,21 @@ def test_started_from_another_folder(tmp_path, monkeypatch):
     # What lies in the current folder comes first.
     (tmp_path / "d.json").write_text(json.dumps({"gradient_clipping": "auto"}))
     assert config.load(Path("own/own.yaml")).deepspeed == "d.json"
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path):
+    for folder in ("imagenet/train", "cc3m/train"):
+        members = [part for n in range(4) for part in sample(f"{n:05d}", n, txt=b"a text")]
+        write_tar(tmp_path / folder / "0.tar", members)
+    typed = ["data.sampler=ratio", "train.global_batch=4", "data.image_label=null"]
+    typed += [f"data.image_text=[{tmp_path}/imagenet/train, {tmp_path}/cc3m/train]"]
+    typed += ["data.ratios.imagenet/train=3", "data.ratios={cc3m/train: 1}"]
+    plan = build.plan(config.load(QUICKSTART, typed), world_size=1)
+    assert "3 imagenet/train, 1 cc3m/train in every global batch" in plan.describe()
+    assert set(plan.identity()["data"]) == {"imagenet/train", "cc3m/train"}
+    wrong = [*typed, "data.ratios={train: 1}"]
+    with pytest.raises(ConfigError, match="each of imagenet/train, cc3m/train"):
+        build.plan(config.load(QUICKSTART, wrong), world_size=1)
 
 
 def test_typed_paths_begin_in_the_current_folder_and_errors_say_what_was_tried(
