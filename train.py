@@ -39,9 +39,9 @@ def main() -> None:
     from engine import config
 
     overrides = list(arguments.overrides)
-    if arguments.output_dir:
+    if arguments.output_dir is not None:
         overrides.append(f"output_dir={arguments.output_dir}")
-    if arguments.deepspeed_config:
+    if arguments.deepspeed_config is not None:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
     cfg = config.load(arguments.config, overrides)
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_prep import karpathy
 from data_prep.image_source import image_extension
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path
 
 # Images and captions of each split. Images: catalogue of TensorFlow Datasets, coco_captions 1.1.0.
 # Captions of test and val, and the sum of train and restval: Hugging Face,
@@ -175,7 +176,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=("captions", "instances"), required=True)
-    parser.add_argument("--karpathy", type=Path, help="captions: dataset_coco.json")
+    parser.add_argument("--karpathy", type=as_path, help="captions: dataset_coco.json")
     parser.add_argument("--split", choices=(*SPLITS, TRAIN_RESTVAL), help="captions: which images")
     parser.add_argument(
         "--captions-per-image",
@@ -183,7 +184,7 @@ def main() -> None:
         help="captions: 5 keeps the first five, as retrieval tables count; some images have more "
         "(default: 5)",
     )
-    parser.add_argument("--annotations", type=Path, help="instances: instances_*.json")
+    parser.add_argument("--annotations", type=as_path, help="instances: instances_*.json")
     karpathy.add_arguments(parser)
     arguments = parser.parse_args()
     own = {"captions": ("karpathy", "split"), "instances": ("annotations",)}

@@ -29,6 +29,7 @@ from data_prep.elevater_sources import Source, open_source, shard_image
 from data_prep.elevater_targets import ClassTable
 from data_prep.shard_writer import write_shards
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path, local
 
 SETS = Path(__file__).with_name("elevater_sets.yaml")
 PROMPTS = REPOSITORY / "prompts" / "elevater"
@@ -146,8 +147,10 @@ def main() -> None:
     parser.add_argument("--set", choices=sorted(read_sets()), required=True)
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--from", dest="source", choices=KINDS, required=True)
-    parser.add_argument("--root", required=True, help="folder, or for hf the id of a repository")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--root", type=local, required=True, help="folder, or for hf the id of a repository"
+    )
+    parser.add_argument("--out", type=as_path, required=True)
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="default: 5000")
     parser.add_argument("--expected-images", type=int, help="default: ELEVATER's number")
     folder.add_part_arguments(parser)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import karpathy
 from loaders.errors import run_cli
+from loaders.specs import as_path
 
 # Images of each split: dataset cards on Hugging Face (umaru97/flickr30k_train_val_test,
 # AnyModal/flickr30k). Every image has five captions.
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--karpathy", type=Path, required=True, help="dataset_flickr30k.json")
+    parser.add_argument("--karpathy", type=as_path, required=True, help="dataset_flickr30k.json")
     parser.add_argument("--split", choices=tuple(SPLITS), required=True)
     karpathy.add_arguments(parser)
     prepare(parser.parse_args())

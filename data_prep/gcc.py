@@ -23,6 +23,7 @@ from data_prep import folder, img2ds, url_list
 from data_prep.list_input import read_lines
 from data_prep.list_rows import NOT_UTF8, Notes, Rejected, Row
 from loaders.errors import DataError, run_cli
+from loaders.specs import as_path
 
 _CHECKED_LINES = 1000
 _HEADERS = {b"caption\turl", b"url\tcaption", b'"caption"\t"url"', b'"url"\t"caption"'}
@@ -147,10 +148,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tsv", type=Path, action="append", required=True, help="published list; may be repeated"
+        "--tsv",
+        type=as_path,
+        action="append",
+        required=True,
+        help="published list; may be repeated",
     )
     parser.add_argument("--dataset", choices=DATASETS, help="default: by the order of the columns")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the set")
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000)
     folder.add_part_arguments(parser)
     img2ds.add_arguments(parser)

@@ -30,6 +30,7 @@ from data_prep.image_table import Images, sample_reader
 from data_prep.nested_tar import open_images
 from data_prep.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path
 
 CLASSES = REPOSITORY / "prompts" / "imagenet1k.json"
 SOURCE = "ImageNet, ILSVRC2012 (https://image-net.org)"
@@ -238,10 +239,10 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=sorted(COUNTS), required=True)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tar", type=Path, help="ILSVRC2012_img_train.tar or …_val.tar")
-    source.add_argument("--folder", type=Path, help="the same unpacked")
-    parser.add_argument("--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz, for val")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    source.add_argument("--tar", type=as_path, help="ILSVRC2012_img_train.tar or …_val.tar")
+    source.add_argument("--folder", type=as_path, help="the same unpacked")
+    parser.add_argument("--devkit", type=as_path, help="ILSVRC2012_devkit_t12.tar.gz, for val")
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
     parser.add_argument("--samples-per-shard", type=int, default=2000, help="default: 2000")
     parser.add_argument("--expected-images", type=int, help="default: that of ILSVRC2012")
     parser.add_argument("--check-md5", action="store_true", help="compare the archives first")

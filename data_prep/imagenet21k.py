@@ -25,6 +25,7 @@ from data_prep.imagenet import LICENSE, read_classes, say_next
 from data_prep.nested_tar import open_images
 from data_prep.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path
 
 # Classes: Alibaba-MIIL/ImageNet21K issue 16. Which release is the paper's: its Table 1 has 21,841
 # concepts and 14.2 M images.
@@ -148,12 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archive", type=Path, required=True, help="tar of class tars, or folder")
+    parser.add_argument(
+        "--archive", type=as_path, required=True, help="tar of class tars, or folder"
+    )
     parser.add_argument("--release", choices=sorted(CLASS_COUNTS), required=True)
     parser.add_argument("--exclude-in1k", action="store_true", help="leave out ImageNet-1K classes")
     parser.add_argument("--expected-classes", type=int, help="refuse another number to write")
     parser.add_argument("--expected-images", type=int, help="refuse another number to write")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="default: 10000")
     folder.add_part_arguments(parser)
     args = parser.parse_args()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_prep import folder
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import KINDS
-from loaders.specs import expand
+from loaders.specs import as_path, expand
 from loaders.tarreader import INDEX_FOLDER, open_index
 
 SCAN = "import"  # folder in work/ with one link a tar, beside which its index is made
@@ -254,12 +254,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("spec", metavar="SPEC", help="tars of others")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
     parser.add_argument("--name", required=True, help="name of the set")
     parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--source", required=True, help="what it is and whence: recorded")
     parser.add_argument("--license", required=True, help="licence of images and texts: recorded")
-    parser.add_argument("--classes", type=Path, help="classnames.txt, or a JSON with `classes`")
+    parser.add_argument("--classes", type=as_path, help="classnames.txt, or a JSON with `classes`")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="import the rest without such tars"
     )

@@ -18,6 +18,7 @@ from data_prep import folder
 from data_prep.image_source import ImagesByName, image_extension
 from data_prep.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError
+from loaders.specs import as_path
 
 CAPTIONS_PER_IMAGE = 5
 
@@ -156,8 +157,10 @@ def caption_members(image: Captioned, data: bytes) -> dict[str, bytes]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all sets of captioned images share."""
-    parser.add_argument("--images", type=Path, nargs="+", required=True, help="folders, zips, tars")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set")
+    parser.add_argument(
+        "--images", type=as_path, nargs="+", required=True, help="folders, zips, tars"
+    )
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
     parser.add_argument("--name", help="name of the set (default: from the input)")
     parser.add_argument("--expected-images", type=int, help="for another number than the official")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")

@@ -25,6 +25,7 @@ from data_prep.quickstart_openclipart import openclipart_samples
 from data_prep.quickstart_stamps import stamp_samples
 from data_prep.quickstart_write import write_set
 from loaders.errors import run_cli
+from loaders.specs import as_path
 
 
 def build_emoji(out: Path, cache: Path) -> list[dict]:
@@ -97,10 +98,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="default: data/quickstart")
+    parser.add_argument("--out", type=as_path, default=SHIPPED, help="default: data/quickstart")
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=as_path,
         default=packages.default_cache(),
         help=f"downloaded packages (default: ${packages.CACHE_VARIABLE}, else data/.cache)",
     )

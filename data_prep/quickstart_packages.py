@@ -101,7 +101,7 @@ SHIPPED_PACKAGES = (
 
 def default_cache() -> Path:
     """The folder of downloaded packages: `$UNICL_PACKAGE_CACHE`, else `data/.cache`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or REPOSITORY / "data" / ".cache")
+    return Path(os.environ.get(CACHE_VARIABLE) or REPOSITORY / "data" / ".cache").expanduser()
 
 
 def fetch(package: Package, cache: Path) -> Path:

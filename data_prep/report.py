@@ -21,6 +21,7 @@ from data_prep import concepts, folder
 from data_prep.report_collect import Source, collect, iterate_captions, open_source
 from data_prep.report_figures import draw
 from loaders.errors import run_cli
+from loaders.specs import as_path
 
 DNS_LIMIT = 0.05  # share of the rows from which on a resolver is to blame rather than dead sites
 _TOP_CONCEPTS = 20
@@ -244,10 +245,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="folders of the sets")
+    parser.add_argument("folders", type=as_path, nargs="+", help="folders of the sets")
     parser.add_argument("--captions-model", help="spaCy pipeline for the concepts of captions")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--output", type=as_path, required=True, help="folder of the report")
     arguments = parser.parse_args()
     if arguments.workers < 1:
         parser.error("--workers must be at least 1")

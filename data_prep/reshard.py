@@ -41,6 +41,7 @@ from data_prep.expression import CannotEvaluate, Expression
 from data_prep.shard_writer import Unusable, permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import MANIFEST, ShardSet, open_shards
+from loaders.specs import as_path, local
 from loaders.tarreader import NO_LABEL, Member, ShardReader, iterate_members, open_index, sample_key
 
 
@@ -252,10 +253,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", nargs="+", metavar="IN")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new set")
+    parser.add_argument("inputs", nargs="+", type=local, metavar="IN")
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the new set")
     choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--keys", type=Path, help="file of the keys to keep")
+    choice.add_argument("--keys", type=as_path, help="file of the keys to keep")
     choice.add_argument("--where", type=Expression, help="what is true for the samples to keep")
     choice.add_argument("--fraction", type=_fraction, help="share to keep, such as 0.5 or 1/3")
     parser.add_argument("--drop", action="store_true", help="--keys, --where: keep the others")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_prep import folder, img2ds, url_list
 from data_prep.reasons import FAILURES, SUCCESS, TEMPORARY, reason_group
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path
 
 ALL = "all"
 _PREFIX = "retry-"
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of the set")
+    parser.add_argument("folder", type=as_path, help="folder of the set")
     parser.add_argument(
         "--reasons",
         nargs="+",

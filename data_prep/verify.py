@@ -29,6 +29,7 @@ from data_prep.verify_pool import check_all
 from data_prep.verify_shard import LABEL_FAULT, RESULTS, Task, kept_result
 from loaders.errors import DataError, run_cli
 from loaders.manifest import ShardInfo, write_manifest
+from loaders.specs import as_path
 
 BAD_SAMPLES = "bad_samples.tsv"
 REASON = "reason.txt"
@@ -274,7 +275,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="folder of the set (the --out of its preparer)")
+    parser.add_argument(
+        "folder", type=as_path, help="folder of the set (the --out of its preparer)"
+    )
     parser.add_argument("--decode", type=_decode, default="all", help="images per shard, or all")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--allow-missing", action="store_true", help="close an incomplete set")

@@ -38,6 +38,7 @@ from data_prep import folder, img2ds, url_list, yfcc_metadata
 from data_prep.list_input import read_lines
 from data_prep.list_rows import WEB, Notes, Rejected, Row
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path, local
 
 BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com/data/images"
 EXTRA_COLUMNS = ("photoid", "licenseurl")
@@ -217,16 +218,16 @@ def parse_arguments() -> tuple[argparse.Namespace, Job]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", choices=LISTS, required=True, help="which list --ids is")
-    parser.add_argument("--ids", type=Path, required=True, help="file of the list as published")
-    parser.add_argument("--unique-ids", type=Path, help="slip: flickr_unique_ids.npy")
-    parser.add_argument("--metadata", type=Path, help="YFCC100M, SQLite or TSV (openai, slip)")
+    parser.add_argument("--ids", type=as_path, required=True, help="file of the list as published")
+    parser.add_argument("--unique-ids", type=as_path, help="slip: flickr_unique_ids.npy")
+    parser.add_argument("--metadata", type=as_path, help="YFCC100M, SQLite or TSV (openai, slip)")
     parser.add_argument(
         "--captions", choices=yfcc_metadata.CAPTIONS, help="caption rule (openai, slip)"
     )
-    parser.add_argument("--images", required=True, help="bucket, urls, or a folder")
+    parser.add_argument("--images", type=local, required=True, help="bucket, urls, or a folder")
     parser.add_argument("--expected-rows", type=int, help="photos of a part of the list")
     parser.add_argument("--name", help="name of the set (default: of the list)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the set")
+    parser.add_argument("--out", type=as_path, required=True, help="folder of the set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000)
     folder.add_part_arguments(parser)
     img2ds.add_arguments(parser)

@@ -8,8 +8,8 @@ from torch import nn
 
 import losses
 import models
-from engine import config, ds
-from loaders import texts, tokenizers, views
+from engine import config, config_paths, ds
+from loaders import source_names, texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
 from loaders.errors import ConfigError, DataError
 from loaders.labels import LabelSpace
@@ -95,7 +95,7 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
     deepspeed = ds.resolve(ds.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed)
     method = losses.find(cfg.loss.get("name", "unicl"))
     sources = [
-        open_shards(spec, kind=kind)
+        _open(spec, kind)
         for kind in ("image_label", "image_text")
         for spec in config.specs(cfg.data[kind], f"data.{kind}")
     ]
@@ -182,13 +182,17 @@ def model_config(cfg: DictConfig) -> ModelConfig:
     return ModelConfig.from_dict(OmegaConf.to_container(cfg.model, resolve=True))
 
 
+def _open(spec: str, kind: str) -> ShardSet:
+    try:
+        return open_shards(spec, kind=kind)
+    except DataError as error:
+        raise DataError(f"data.{kind}: {error}{config_paths.advice(spec)}") from None
+
+
 def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method]) -> None:
     if not sources:
         raise ConfigError("no data: give data.image_label, data.image_text or both")
-    names = [source.name for source in sources]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise DataError(f"two sources are both named {', '.join(sorted(twice))}; rename one")
+    source_names.distinguish(sources)
     kinds = {source.kind for source in sources}
     for needed, kind in ((method.needs_labels, "image_label"), (method.needs_pairs, "image_text")):
         if needed and kind not in kinds:

@@ -4,10 +4,16 @@ A file may name a parent with `base: other.yaml` (relative to itself); later val
 is checked: an unknown one is an error that names the nearest. `model:` and `loss:` are checked by
 `models.config` and by the method's own `Config`. A null in a key of `DECISIONS` means that nobody
 has decided yet; such a configuration is refused with the list of all its open keys.
+
+A text is taken as it was typed (`engine/config_text.py`). A relative path in a file is looked for
+in the current folder, then beside the file, then in the root of this repository; one that was typed
+in the current folder alone. `~` at the start of a path is the home folder
+(`engine/config_paths.py`).
 """
 
 import difflib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import losses
-from engine import config_file, mirrors
+from engine import config_file, config_layers, config_paths, mirrors
 from loaders.errors import ConfigError
 from models.config import ModelConfig
 
@@ -151,27 +157,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Read a configuration file with its parents and apply overrides.
 
     Args:
-        path: a YAML file. overrides: `key.sub=value` strings.
+        path: a YAML file. overrides: `key.sub=value` strings, read by `engine.config_text`.
 
     Returns:
-        A `RunConfig` as a checked `DictConfig`.
+        A `RunConfig` as a checked `DictConfig`, its paths as `engine.config_paths` finds them.
 
     Raises:
-        ConfigError: unreadable file, circular `base`, unknown key or value of a wrong type; names
-            the file.
+        ConfigError: unreadable file, circular `base`, unknown key, value of a wrong type, or a file
+            that is nowhere; names the configuration.
     """
-    layers = _chain(Path(path), ())
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"override {override!r} is not of the form key.sub=value")
-        try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except Exception as error:
-            raise ConfigError(f"override {override!r}: {error}") from None
+    path = Path(os.path.expanduser(path))
+    layers = config_layers.read(path, overrides, RunConfig)
     cfg = OmegaConf.structured(RunConfig)
     for layer in layers:
         try:
-            cfg = OmegaConf.merge(cfg, layer)
+            cfg = OmegaConf.merge(cfg, layer.values)
         except ConfigKeyError as error:
             raise ConfigError(_unknown_key(error, path)) from None
         except OmegaConfBaseException as error:
@@ -181,6 +181,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         config_file.check_values(OmegaConf.to_container(cfg))
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         check(cfg)
+        config_paths.settle(cfg, layers)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
@@ -269,23 +270,6 @@ def count_steps(cfg: DictConfig, epoch_samples: int) -> tuple[int, int]:
     steps = train.steps or math.ceil(samples / batch)
     warmup = cfg.optim.warmup_steps or math.ceil((cfg.optim.warmup_epochs or 0) * epoch / batch)
     return steps, warmup
-
-
-def _chain(path: Path, seen: tuple[Path, ...]) -> list[DictConfig]:
-    layer = config_file.read(path)
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: `base` goes round in a circle")
-    base = OmegaConf.to_container(layer).get("base")
-    if "base" in layer:
-        del layer["base"]
-    if not isinstance(base, str | None):
-        raise ConfigError(f"{path}: base={base!r} is not the name of another file")
-    if not base:
-        return [layer]
-    try:
-        return [*_chain(path.parent / base, (*seen, path.resolve())), layer]
-    except ConfigError as error:
-        raise ConfigError(f"{error} (the base of {path})") from None
 
 
 def _refuse_undecided(cfg: DictConfig) -> None:

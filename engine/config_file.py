@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from engine import config_text
 from loaders.errors import ConfigError
 
 MAX_BYTES = 1 << 17
@@ -23,8 +24,8 @@ MAX_DEPTH = 40  # PyYAML takes time with the square of it; ours go to 5
 _NUMBER = re.compile(r"[-+.:_0-9a-fA-FxXoO]*")
 
 
-def read(path: Path) -> DictConfig:
-    """The mapping in a file, `${…}` left as it is.
+def read(path: Path) -> tuple[DictConfig, list[tuple[str, str, Any]]]:
+    """The mapping in a file, `${…}` left as it is, and its `config_text.plain_scalars`.
 
     Raises:
         ConfigError: names the file: not a regular file, too large, no YAML, no mapping, or with
@@ -38,11 +39,12 @@ def read(path: Path) -> DictConfig:
         text = path.read_text(encoding="utf-8")
         _check_events(text)
         layer = OmegaConf.load(io.StringIO(text))
+        scalars = config_text.plain_scalars(text, OmegaConf.to_container(layer))
     except Exception as error:  # of the file system, of YAML's constructors, and of OmegaConf
         raise ConfigError(f"cannot read configuration {path}: {error}") from None
     if not isinstance(layer, DictConfig):
         raise ConfigError(f"{path}: a configuration is a mapping of sections")
-    return layer
+    return layer, scalars
 
 
 def check_values(values: Any) -> None:

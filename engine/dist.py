@@ -12,8 +12,13 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import MutableMapping, Sequence
 from datetime import timedelta
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put engine/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 import torch.distributed as dist

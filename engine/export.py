@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a file: Python put engine/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from engine import export_formats, export_hf, export_open_clip
 from loaders.errors import ConfigError, run_cli
+from loaders.specs import as_path
 from models import weights
 
 # Each writes into an empty folder and returns the line of Python that loads the result.
@@ -57,9 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="run or checkpoint folder")
+    parser.add_argument(
+        "--checkpoint", type=as_path, required=True, help="run or checkpoint folder"
+    )
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder")
+    parser.add_argument(
+        "--output", type=as_path, required=True, metavar="DIR", help="new or empty folder"
+    )
     arguments = parser.parse_args(argv)
     how = export(arguments.checkpoint, arguments.format, arguments.output)
     print(f"{arguments.output}: {arguments.format}, load it with\n  {how}")

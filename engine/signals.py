@@ -8,6 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put engine/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from loaders.errors import UserError
 

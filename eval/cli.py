@@ -14,6 +14,7 @@ from engine.dist import map_environment
 from eval import rows, sources
 from eval.features import Extractor
 from loaders.errors import DataError
+from loaders.specs import as_path
 from models import weights
 
 
@@ -60,15 +61,17 @@ def parse(task: str, description: str, argv: Sequence[str] | None) -> argparse.N
         "--checkpoint",
         nargs="+",
         required=True,
+        type=as_path,
         metavar="RUN",
         help="run or checkpoint folders, exports, files of UniCL, open_clip or OpenAI CLIP",
     )
     parser.add_argument(
         "--datasets", nargs="+", required=True, metavar="NAME", help="sets or collections"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="result rows")
+    parser.add_argument("--output", type=as_path, required=True, metavar="DIR", help="result rows")
     parser.add_argument(
         "--data-root",
+        type=as_path,
         metavar="DIR",
         help="where benchmark sets lie (default: $UNICL_EVAL_DATA, else data/eval)",
     )

@@ -15,8 +15,12 @@ A run that was interrupted continues with the epoch after the last complete one.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +32,7 @@ from tqdm import tqdm
 from eval import cli, detection_metrics, detection_model, sources, variants
 from eval.detection_data import Instances, collate
 from loaders.errors import ConfigError, DataError, NonFiniteLoss, run_cli
+from loaders.specs import as_path
 from models import weights
 from models.config import ModelConfig
 
@@ -174,10 +179,10 @@ def options_parser() -> argparse.ArgumentParser:
     """Arguments of this command."""
     parser = argparse.ArgumentParser(prog="python -m eval.detection", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN")
-    parser.add_argument("--train", type=Path, required=True, help="set of data_prep/coco.py")
-    parser.add_argument("--val", type=Path, required=True, help="set of data_prep/coco.py")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="result rows")
+    parser.add_argument("--checkpoint", nargs="+", required=True, type=as_path, metavar="RUN")
+    parser.add_argument("--train", type=as_path, required=True, help="set of data_prep/coco.py")
+    parser.add_argument("--val", type=as_path, required=True, help="set of data_prep/coco.py")
+    parser.add_argument("--output", type=as_path, required=True, metavar="DIR", help="result rows")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16, help="images a step, all processes")
     parser.add_argument("--image-size", type=int, default=800, help="short side in pixels")

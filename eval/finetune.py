@@ -10,8 +10,13 @@ random-resized crop and flip. All sets that list a linear probe have what it nee
 
 import argparse
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch

@@ -5,7 +5,12 @@ The weighted vote of DINO's evaluator (facebookresearch/dino, eval_knn.py, after
 the 20 training images with the highest cosine vote for their class with weight exp(cosine / 0.07).
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch

@@ -14,9 +14,14 @@ name ends in `_5shot`.
 """
 
 import argparse
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch

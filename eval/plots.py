@@ -3,8 +3,12 @@
 import argparse
 import base64
 import html
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 
@@ -12,6 +16,7 @@ from eval import figures, render, rows, sources, tables, zero_shot
 from eval.cli import make_accelerator
 from eval.features import Extractor
 from loaders.errors import DataError, run_cli
+from loaders.specs import as_path
 from models import weights
 
 BEST = 5
@@ -122,9 +127,9 @@ def read_log(folder: Path) -> list[dict]:
 def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
     parser = argparse.ArgumentParser(prog="python -m eval.plots", description="Pictures and page.")
-    parser.add_argument("--runs", nargs="+", required=True, metavar="RUN", type=Path)
-    parser.add_argument("--results", required=True, metavar="DIR", type=Path)
-    parser.add_argument("--output", required=True, metavar="DIR", type=Path)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="RUN", type=as_path)
+    parser.add_argument("--results", required=True, metavar="DIR", type=as_path)
+    parser.add_argument("--output", required=True, metavar="DIR", type=as_path)
     args = parser.parse_args(argv)
     known = sources.Registry(registry)
     # The first run is the one that is shown in the grid and the confusion matrix.

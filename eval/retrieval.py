@@ -1,7 +1,12 @@
 """Image-text retrieval: `python -m eval.retrieval --checkpoint RUN --datasets quickstart
 --output DIR`."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 

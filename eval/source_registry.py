@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from loaders import texts
+from loaders import specs, texts
 from loaders.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,7 +20,8 @@ KINDS = ("auto", "shards", "webdataset", "huggingface", "folder")
 
 def default_root() -> Path:
     """Where benchmark sets lie: $UNICL_EVAL_DATA, else data/eval of the repository."""
-    return Path(os.environ.get(DATA_ROOT) or REPOSITORY / "data" / "eval")
+    given = os.environ.get(DATA_ROOT)
+    return Path(specs.local(given)) if given else REPOSITORY / "data" / "eval"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ class EvalDataset:
         NAME/SPLIT) from the data root."""
         entry = self.splits[split]
         if "path" in entry:
-            return REPOSITORY / entry["path"]
-        return self.root / entry.get("folder", f"{self.name}/{split}")
+            return REPOSITORY / specs.local(entry["path"])
+        return self.root / specs.local(entry.get("folder", f"{self.name}/{split}"))
 
     def split_name(self, split: str) -> str:
         """The published name of `split`: ImageNet is tested on its `val`."""

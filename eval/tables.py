@@ -2,11 +2,15 @@
 [--output FILE]`, or a published table beside our numbers: `… --paper unicl --table 5`."""
 
 import argparse
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from eval import (
     paper_join,
@@ -19,6 +23,7 @@ from eval import (
     sources,
 )
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.specs import as_path
 
 QUICKSTART_TITLE = "Clip-art numbers of the quickstart sets, not ImageNet"
 TITLE = "Evaluation results"
@@ -211,11 +216,11 @@ def paper_table(paper: str, table: str | None, folder: Path) -> paper_tables.Pap
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.tables", description="One table.")
-    parser.add_argument("results", type=Path, help="folder with result rows (*.jsonl)")
+    parser.add_argument("results", type=as_path, help="folder with result rows (*.jsonl)")
     parser.add_argument("--paper", help="published tables: a file of eval/paper without .yaml")
     parser.add_argument("--table", help="which table of --paper")
     parser.add_argument("--format", choices=["md", "tex", "csv", "html", "png"], default="md")
-    parser.add_argument("--output", type=Path, help="file to write; without it: print")
+    parser.add_argument("--output", type=as_path, help="file to write; without it: print")
     args = parser.parse_args(argv)
     if args.table and not args.paper:
         raise ConfigError(f"--table needs --paper, one of {', '.join(paper_tables.papers())}")

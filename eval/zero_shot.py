@@ -7,7 +7,12 @@ ImageNet). Both average normalised prompt features and normalise again; what is 
 softmax of 100 x cosine, whose order within an image is that of the cosine.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: Python put eval/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch

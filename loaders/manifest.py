@@ -84,6 +84,11 @@ class ShardSet:
         self.__dict__.update(state)
         self._index = lru_cache(maxsize=_OPEN_INDEXES)(open_index)
 
+    @property
+    def folder(self) -> Path:
+        """Folder of the data set, the one of its first tar."""
+        return _home(self.shards[0].path)
+
     @cached_property
     def labels(self) -> np.ndarray:
         """Class ids (n,) int64 from `.cls` or `json.label`, -1 where absent."""
@@ -319,7 +324,7 @@ def _check_labels(shard_set: ShardSet, ranges: Sequence[tuple[int, int, bool]]) 
     """`DataError` unless the class table is present and holds the label of every sample."""
     if not shard_set.classes:
         raise DataError(
-            f"{shard_set.name}: an image_label set needs a class table: 'classes' in {MANIFEST} "
+            f"{shard_set.folder}: an image_label set needs a class table: 'classes' in {MANIFEST} "
             '([{"id": 0, "synset": null, "names": ["cat"]}, …]), or classnames.txt beside the '
             "tars with one name a line in id order; or open it as kind image_text"
         )

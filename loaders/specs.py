@@ -1,5 +1,6 @@
 """Which tars a person means by a folder, a brace range or a glob. Standard library only."""
 
+import argparse
 import glob
 import itertools
 import os
@@ -10,15 +11,46 @@ from pathlib import Path
 from loaders.errors import DataError
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
+# s3://, https://, file://, and the commands that webdataset calls pipes.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+
+
+def local(text: str) -> str:
+    """A path as a person gave it, with `~` at its start as the home folder.
+
+    A shell spells `~` out at the start of a word only, so `--out=~/x` arrives as it was typed.
+    Raises `DataError` for an address, which `Path` would take for a folder named `s3:`.
+    """
+    if _ADDRESS.match(text):
+        raise DataError(
+            f"{text}: nothing is read from the network or written to it; download first, and give "
+            "the path of a file or folder"
+        )
+    return os.path.expanduser(text)
+
+
+def as_path(text: str) -> Path:
+    """`local` as the `type` of an argument of argparse, which says the name of the option."""
+    try:
+        return Path(local(text))
+    except DataError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def exists(part: str) -> bool:
+    """Whether one part of a specification means anything that is there, be it incomplete."""
+    names = itertools.chain([part], _expand_braces(part))
+    return any(os.path.exists(name) or any(glob.iglob(name)) for name in names)
 
 
 def expand(part: str, listed_tars: Callable[[Path], list[str] | None]) -> list[str]:
     """Tar paths that one part of a specification means; every one exists.
 
-    `part`: a folder, a tar, a brace range or a glob. `listed_tars(folder)` gives the tars that
-    the folder's manifest lists, None without one. Raises `DataError` for a missing file, a glob
-    without a match and a folder without a tar.
+    `part`: a folder, a tar, a brace range or a glob; see `local`. `listed_tars(folder)` gives the
+    tars that the folder's manifest lists, None without one. Raises `DataError` for a missing file,
+    a glob without a match, a folder without a tar, and an address.
     """
+    part = local(part)
     if os.path.isdir(part):
         listed = listed_tars(Path(part))
         if listed:

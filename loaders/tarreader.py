@@ -88,7 +88,7 @@ def open_index(path: str | os.PathLike) -> np.ndarray:
     if os.environ.get(INDEX_ENVIRONMENT):
         # Tars of different folders have equal names: one sub-folder per folder.
         digest = sha256(os.fsencode(path.parent.resolve())).hexdigest()[:16]
-        folders.append(Path(os.environ[INDEX_ENVIRONMENT]) / digest)
+        folders.append(Path(os.environ[INDEX_ENVIRONMENT]).expanduser() / digest)
     for folder in folders:
         index = _load_index(folder / name, before.st_size)
         if index is not None:

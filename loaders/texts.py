@@ -46,15 +46,20 @@ class TextOptions:
             raise ConfigError(f"text views must be at least 1, not {self.views}")
 
 
+def presets() -> dict[str, dict]:
+    """The content of prompts/templates.json: name -> its `templates` and where they are from."""
+    return json.loads(TEMPLATES.read_text(encoding="utf-8"))
+
+
 def load_templates(name_or_path: str) -> list[str]:
     """Prompt templates, each with one `{}` for the class name.
 
     `name_or_path`: a preset of prompts/templates.json (`clip_80`; `unicl_81`: these and the bare
     name; `simple`; `clipart`), or a JSON file with a list of strings. Raises `ConfigError`.
     """
-    presets = json.loads(TEMPLATES.read_text(encoding="utf-8"))
-    if name_or_path in presets:
-        templates = presets[name_or_path]["templates"]
+    known = presets()
+    if name_or_path in known:
+        templates = known[name_or_path]["templates"]
     else:
         try:
             if not Path(name_or_path).is_file():  # a device or pipe would be read for ever
@@ -62,7 +67,7 @@ def load_templates(name_or_path: str) -> list[str]:
             templates = json.loads(Path(name_or_path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"templates {name_or_path!r}: neither one of {', '.join(presets)} nor a JSON file "
+                f"templates {name_or_path!r}: neither one of {', '.join(known)} nor a JSON file "
                 f"with a list of strings ({error})"
             ) from None
     _check_templates(name_or_path, templates)
