@@ -93,7 +93,16 @@ def _load_module(engine, state: dict[str, torch.Tensor], sharded: bool) -> None:
     if not sharded:
         engine.module.load_state_dict(state)
         return
-    # Sharded parameters come from the optimizer's copies; buffers are whole on every rank.
+    import deepspeed
+
+    # Sharded parameters come from the optimizer's copies; of frozen ones it has none, and buffers
+    # are whole on every rank.
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if dist.rank() == 0:
+                        parameter.copy_(state[name])
     for name, buffer in engine.module.named_buffers():
         if name in state:
             buffer.copy_(state[name])

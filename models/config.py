@@ -130,14 +130,15 @@ class ModelConfig(_Section):
     """The whole model.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
-    (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_max` bounds the
-    multiplier itself (CLIP: 100); None means no bound.
+    (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
+    `logit_scale_max` bound the multiplier itself (CLIP: at most 100); None means no bound.
     """
 
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     embed_dim: int = 512
     logit_scale_init: float = 1.0
+    logit_scale_min: float | None = None
     logit_scale_max: float | None = None
 
     where = "model"
@@ -148,10 +149,16 @@ class ModelConfig(_Section):
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
         self._require_positive("embed_dim")
-        bound = self.logit_scale_max
+        for name in ("logit_scale_min", "logit_scale_max"):
+            bound = getattr(self, name)
+            _require(
+                bound is None or bound > 0,
+                f"{self.where}.{name} must be positive or null, got {bound!r}",
+            )
+        low, high = self.logit_scale_min, self.logit_scale_max
         _require(
-            bound is None or bound > 0,
-            f"{self.where}.logit_scale_max must be positive or null, got {bound!r}",
+            low is None or high is None or low < high,
+            f"{self.where}.logit_scale_min={low!r} must be less than logit_scale_max={high!r}",
         )
 
     def without_pretrained(self) -> ModelConfig:

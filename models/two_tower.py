@@ -16,6 +16,26 @@ from models.text_transformer import INIT_STD, TransformerTower
 TEXT_TOWERS = {"transformer": TransformerTower, "hf": HuggingFaceTower}
 
 
+class _Bounded(torch.autograd.Function):
+    """Clamp whose gradient vanishes only where a step of descent would lead further outside.
+
+    torch's clamp has no gradient outside at all: a temperature that once overshot would stay.
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, low: float | None, high: float | None) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.bounds = (-math.inf if low is None else low, math.inf if high is None else high)
+        return values.clamp(*ctx.bounds)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (values,) = ctx.saved_tensors
+        low, high = ctx.bounds
+        outwards = ((values > high) & (gradient < 0)) | ((values < low) & (gradient > 0))
+        return gradient.masked_fill(outwards, 0.0), None, None
+
+
 class TwoTower(nn.Module):
     """Image and text encoders with bias-free linear projections to a shared unit sphere.
 
@@ -74,15 +94,16 @@ class TwoTower(nn.Module):
         }
 
     def scale(self) -> Tensor:
-        """The multiplier exp(logit_scale), shape (1,), float32, at most `logit_scale_max`.
+        """The multiplier exp(logit_scale), shape (1,), float32, within `logit_scale_min` and
+        `logit_scale_max`.
 
-        The bound is applied here and not to the stored value: an optimizer with float32 master
-        weights would undo an in-place clamp. Beyond the bound the gradient is zero.
+        The bounds are applied here and not to the stored value: an optimizer with float32 master
+        weights would undo an in-place clamp. Beyond a bound the gradient is that of the bound
+        where it leads back inside, and zero where it leads further out.
         """
-        logarithm = self.logit_scale.float()
-        if self.cfg.logit_scale_max is not None:
-            logarithm = logarithm.clamp(max=math.log(self.cfg.logit_scale_max))
-        return logarithm.exp()
+        bounds = (self.cfg.logit_scale_min, self.cfg.logit_scale_max)
+        low, high = (None if bound is None else math.log(bound) for bound in bounds)
+        return _Bounded.apply(self.logit_scale.float(), low, high).exp()
 
     def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit-length image features (b, D), text features (b, D) and the multiplier (1,)."""

@@ -18,7 +18,8 @@ IDENTITY = {"train.global_batch": BATCH}
 
 
 class Method(losses.find("multitask")):
-    """A method with all kinds of state: a head, a queue of features, and how far it is filled.
+    """A method with all kinds of state: a head, a frozen layer, a queue of features, and how far it
+    is filled.
 
     None of `losses/` keeps buffers, but the contract of a method promises that they survive.
     """
@@ -28,11 +29,14 @@ class Method(losses.find("multitask")):
         self.register_buffer("queue", torch.zeros(2 * BATCH, dims["embed_dim"]))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
         self.last = None
+        self.frozen = torch.nn.Linear(dims["embed_dim"], 3)
+        self.frozen.requires_grad_(False)
 
     def loss(self, features, labels, gather):
         self.last = gather.rows(features["image"].detach())
         out = super().loss(features, labels, gather)
         # Depends on features of earlier steps: a queue that was lost shows in the loss.
+        out["frozen_loss"] = self.frozen(features["image"]).pow(2).mean()
         out["queue_loss"] = (features["image"] @ self.queue.T).pow(2).mean()
         return out
 
@@ -46,6 +50,9 @@ def life(rank, world_size, folder, stage, start, stop):
     """Steps `start` to `stop` of one run; returns its losses and whole weights."""
     module = tiny.build("multitask")
     module.method = Method(module.method.cfg, tiny.DIMS)
+    if start:  # what a fresh start draws must not matter
+        for parameter in module.method.frozen.parameters():
+            parameter.data.fill_(9.0)
     module.train()
     config = {
         "train_batch_size": BATCH,
@@ -72,9 +79,10 @@ def life(rank, world_size, folder, stage, start, stop):
 
 
 def test_ranks_and_stages_change_on_the_way(tmp_path):
-    """2 -> 1 -> 4 -> 2 ranks and ZeRO 1 -> 2 -> 3 -> 0 -> 3 -> 1 against one undisturbed run."""
-    whole, expected = multiprocess.run(life, 2, str(tmp_path / "whole"), 1, 0, 12)[0]
-    lives = ((2, 1), (1, 2), (4, 3), (2, 0), (1, 3), (2, 1))  # (ranks, stage)
+    """2 -> 1 -> 4 -> 2 ranks, ZeRO 1 -> 2 -> 3 -> 0 -> 3 -> 1 -> 3, against one undisturbed run."""
+    lives = ((2, 1), (1, 2), (4, 3), (2, 0), (1, 3), (2, 1), (2, 3))  # (ranks, stage)
+    steps = 2 * len(lives)
+    whole, expected = multiprocess.run(life, 2, str(tmp_path / "whole"), 1, 0, steps)[0]
     seen = []
     for number, (ranks, stage) in enumerate(lives):
         start = 2 * number
@@ -83,7 +91,7 @@ def test_ranks_and_stages_change_on_the_way(tmp_path):
         )[0]
         seen += part
     assert len(weights) == len(expected)
-    assert weights["method.filled"] == 12 * BATCH
+    assert weights["method.filled"] == steps * BATCH
     assert np.abs(expected["method.queue"]).min(axis=1).max() > 0
     np.testing.assert_allclose(seen, whole, rtol=2e-5)
     for name, value in expected.items():

@@ -24,6 +24,11 @@ from models.config import ModelConfig
         ({"text": {"name": "hf"}}, "exactly one of hf_name and hf_config"),
         ({"text": {"hf_name": "bert"}}, "need name: hf"),
         ({"logit_scale_max": -1.0}, r"model\.logit_scale_max must be positive"),
+        ({"logit_scale_min": 0.0}, r"model\.logit_scale_min must be positive"),
+        (
+            {"logit_scale_min": 9.0, "logit_scale_max": 3.0},
+            r"logit_scale_min=9\.0 must be less than logit_scale_max=3\.0",
+        ),
     ],
 )
 def test_wrong_settings_are_named(values, message):

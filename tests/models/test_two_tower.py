@@ -99,7 +99,31 @@ def test_scale_is_bounded_in_the_forward_pass_only():
         model.logit_scale.fill_(6.0)
     assert model.scale().item() == pytest.approx(100.0, rel=1e-6)
     assert model.logit_scale.item() == 6.0
+    assert build_small(logit_scale_init=0.0, logit_scale_min=5.0).scale().item() == pytest.approx(5)
     assert build_small(logit_scale_init=6.0).scale().item() == pytest.approx(math.exp(6), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("start", "target", "expected"),
+    [
+        (6.0, 50.0, 50.0),  # beyond the upper bound, wanted inside: comes back
+        (6.0, 1000.0, None),  # wanted further out: stays where it is
+        (0.0, 50.0, 50.0),  # below the lower bound, wanted inside
+        (0.0, 1.0, None),
+        (3.0, 50.0, 50.0),  # between the bounds nothing changes
+    ],
+)
+def test_a_scale_beyond_its_bounds_can_come_back(start, target, expected):
+    model = build_small(logit_scale_init=start, logit_scale_min=5.0, logit_scale_max=100.0)
+    optimizer = torch.optim.Adam([model.logit_scale], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (model.scale() - target).square().sum().backward()
+        optimizer.step()
+    if expected is None:
+        assert model.logit_scale.item() == start
+    else:
+        assert model.scale().item() == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.parametrize(("image", "size"), [("swin_tiny", 32), ("resnet18", 32)])
