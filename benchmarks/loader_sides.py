@@ -1,5 +1,5 @@
 """One loader in a process of its own: `python -m benchmarks.loader_sides SIDE SHARDS SAMPLES BATCH
-WORKERS SCALE`, SIDE one of reference, fast, open_clip; SCALE the least share of a crop.
+WORKERS SCALE`, SIDE ours or open_clip; SCALE the least share of a crop.
 
 The last line of the output is JSON: samples, CPU seconds of this process and its workers, wall
 seconds, from the start of the workers to the last batch; imports and set-up do not count.
@@ -17,7 +17,7 @@ MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 RECIPES = {0.9: "clip", 0.08: "paper"}
 
 
-def ours(decode: str, shards: str, samples: int, batch: int, workers: int, scale: float):
+def ours(shards: str, samples: int, batch: int, workers: int, scale: float):
     """The loader of the trainer: order, triplets, workers."""
     from loaders import tokenizers, views
     from loaders.batch import TripletDataset, make_loader
@@ -30,7 +30,7 @@ def ours(decode: str, shards: str, samples: int, batch: int, workers: int, scale
     dataset = TripletDataset(
         sources,
         LabelSpace(sources),
-        [views.build_train(RECIPES[scale], SIZE, MEAN, STD, decode)],
+        [views.build_train(RECIPES[scale], SIZE, MEAN, STD)],
         TextOptions(["{}"]),
         tokenizers.build("clip", 77),
         seed=0,
@@ -70,7 +70,7 @@ def main() -> None:
     side, shards, *numbers = sys.argv[1:]
     samples, batch, workers = (int(number) for number in numbers[:3])
     arguments = (shards, samples, batch, workers, float(numbers[3]))
-    loader, images = open_clip(*arguments) if side == "open_clip" else ours(side, *arguments)
+    loader, images = open_clip(*arguments) if side == "open_clip" else ours(*arguments)
     cpu, start, seen = cpu_seconds(), time.perf_counter(), 0
     for item in loader:
         assert images(item).shape[-2:] == (SIZE, SIZE)

@@ -22,7 +22,7 @@ PICTURES = (
     "",
 )
 # What tells rows of one name apart.
-KEYS = ("load", "crop", "B", "micro_batches", "ranks", "samples", "images", "texts")
+KEYS = ("load", "pixels", "crop", "B", "micro_batches", "ranks", "samples", "images", "texts")
 
 
 def write() -> str:

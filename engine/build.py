@@ -22,7 +22,7 @@ from models.config import ModelConfig
 IDENTITY = (
     "seed", "loss", "model", "train.global_batch", "data.sampler", "data.ratios",
     "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
-    "data.templates", "data.augmentation", "data.decode",
+    "data.templates", "data.augmentation",
 )  # fmt: skip
 
 
@@ -127,11 +127,7 @@ def dataset(plan: Plan) -> TripletDataset:
         plan.labels,
         views=[
             views.build_train(
-                cfg.data.augmentation,
-                model.image.size,
-                model.image.mean,
-                model.image.std,
-                cfg.data.decode,
+                cfg.data.augmentation, model.image.size, model.image.mean, model.image.std
             )
         ]
         * plan.method.views["image"],

@@ -43,9 +43,6 @@ class DataConfig:
     caption: str = "txt"  # txt | json.KEY
     templates: str | None = "unicl_81"  # preset of prompts/templates.json, or a file
     augmentation: str | None = "paper"  # recipe of loaders/views.py
-    # reference | fast: training images with the pixels of torchvision and timm on Pillow to the
-    # bit, or resized by torch, two levels of 255 away at most
-    decode: str = "reference"
     workers: int = 4  # per rank
     max_bad_fraction: float = 0.01  # more unreadable samples than this end the run
 
@@ -234,7 +231,6 @@ def check(cfg: DictConfig) -> None:
     for key, allowed in (
         ("recipe", RECIPES),
         ("data.caption_labels", ("unique", "by_text")),
-        ("data.decode", ("reference", "fast")),
         ("data.label_merge", ("disjoint", "synset")),
         ("optim.schedule", ("cosine", "constant")),
     ):

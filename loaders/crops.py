@@ -1,21 +1,20 @@
-"""Random resized crops: torchvision's boxes, and two ways to resize what is in them.
+"""Random resized crops of training images: torchvision's boxes, resized by torch.
 
-Both are bicubic with antialiasing, Pillow's kernel, a = -0.5. `reference` gives Pillow's pixels, so
-those of `torchvision.transforms.v2.RandomResizedCrop` on a PIL image, to the bit, by the code of
-`loaders.resample`. `fast` is torch's code for uint8, with weights rounded to 16 bits: in most crops
-one value in some hundreds is a level (of 255) away, in a few crops that hardly change the size one
-in ten, never more than two levels.
+The resize is bicubic with antialiasing, Pillow's kernel (a = -0.5), by torch's code for uint8,
+whose weights are rounded to 16 bits. Beside `torchvision.transforms.v2.RandomResizedCrop` on a PIL
+image, one value in some hundreds is a level (of 255) away and none more than two. Only where Pillow
+(since 13) resizes columns before rows, which is where they lose more than twice as many pixels
+(about one crop in 60), sharp edges are up to ten levels away and values a quarter of a level on
+average, since the two round in between. tests/loaders/test_crops.py holds all of this. Evaluation
+resizes with Pillow itself (`loaders.views.build_eval`).
 
 A picture is a PIL RGB image or a tensor uint8 (3, H, W).
 """
 
-import functools
 import math
 import warnings
-from collections.abc import Callable
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -23,12 +22,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.errors import ConfigError
-
-DECODES = ("reference", "fast")
 Picture = Image.Image | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-Resizer = Callable[[Picture, Box, int], Tensor]
 
 _LOG_RATIO = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
 
@@ -39,57 +34,31 @@ class RandomCrop:
     Args:
         size: side of the square result in pixels.
         scale: smallest and largest share of the area.
-        decode: `reference` or `fast`.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float], decode: str) -> None:
-        self._size, self._scale, self._resize = size, scale, resizer(decode)
+    def __init__(self, size: int, scale: tuple[float, float]) -> None:
+        self._size, self._scale = size, scale
 
     def __call__(self, picture: Picture) -> Tensor:
         height, width = get_size(picture)
-        return self._resize(picture, random_box(width, height, self._scale), self._size)
+        return resize(picture, random_box(width, height, self._scale), self._size)
 
 
 class TimmCrop:
     """timm's random resized crop, with its boxes, bicubic: picture -> PIL RGB image."""
 
-    def __init__(self, crop: RandomResizedCropAndInterpolation, decode: str) -> None:
-        self._crop, self._resize = crop, resizer(decode)
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self._crop = crop
 
     def __call__(self, picture: Picture) -> Image.Image:
         crop = self._crop
         top, left, height, width = crop.get_params(picture, crop.scale, crop.ratio)
+        # timm draws sides of 0 in pictures of a few pixels, and a corner on the far edge with them.
+        all_rows, all_columns = get_size(picture)
+        height, width = max(height, 1), max(width, 1)
+        top, left = min(top, all_rows - height), min(left, all_columns - width)
         box = left, top, left + width, top + height
-        return to_pil_image(self._resize(picture, box, crop.size[0]))
-
-
-def check_decode(decode: str) -> None:
-    """`ConfigError` for a word that is not a choice."""
-    if decode not in DECODES:
-        raise ConfigError(f"data.decode={decode!r} is not one of {', '.join(DECODES)}")
-
-
-def resizer(decode: str) -> Resizer:
-    """The function of a choice; raises as `check_decode`."""
-    check_decode(decode)
-    return _reference() if decode == "reference" else resize_by_torch
-
-
-@functools.cache
-def _reference() -> Resizer:
-    """`resize_exactly`; Pillow itself, with a warning, if the installed one has other pixels."""
-    rng = np.random.default_rng(0)
-    for width, height in ((96, 61), (50, 190), (190, 50), (21, 17)):
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        box = (1, 2, width - 3, height - 1)
-        if not torch.equal(resize_exactly(image, box, 32), resize_by_pillow(image, box, 32)):
-            warnings.warn(
-                f"Pillow {PIL.__version__} resizes otherwise than the version in requirements.txt; "
-                "its own code is used for data.decode=reference, which is four times as slow",
-                stacklevel=2,
-            )
-            return resize_by_pillow
-    return resize_exactly
+        return to_pil_image(resize(picture, box, crop.size[0]))
 
 
 def random_box(width: int, height: int, scale: tuple[float, float]) -> Box:
@@ -118,27 +87,8 @@ def random_box(width: int, height: int, scale: tuple[float, float]) -> Box:
     return left, top, left + w, top + h
 
 
-def resize_exactly(picture: Picture, box: Box, size: int) -> Tensor:
-    """What is in the box of a picture, resized as by Pillow: uint8 (3, size, size), contiguous."""
-    from loaders import resample  # here: compiled when imported, and not all need it
-
-    if isinstance(picture, Image.Image):
-        # A copy: an array on Pillow's own memory cannot be written to, another type for the code.
-        pixels, box = np.array(picture.crop(box)), (0, 0, box[2] - box[0], box[3] - box[1])
-    else:
-        pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
-    return torch.from_numpy(resample.resize(pixels, box, size, size))
-
-
-def resize_by_pillow(picture: Picture, box: Box, size: int) -> Tensor:
-    """As `resize_exactly`, by Pillow."""
-    image = picture if isinstance(picture, Image.Image) else to_pil_image(picture)
-    # Not `resize(box=…)`, which would blend in pixels from outside of the box.
-    return to_tensor(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def resize_by_torch(picture: Picture, box: Box, size: int) -> Tensor:
-    """As `resize_exactly`, by torch and nearly the same."""
+def resize(picture: Picture, box: Box, size: int) -> Tensor:
+    """What is in the box of a picture: uint8 (3, size, size), contiguous."""
     left, top, right, bottom = box
     if isinstance(picture, Image.Image):
         pixels = to_pixels(picture.crop(box))

@@ -1,4 +1,4 @@
-"""Images: bytes to RGB pixels, by Pillow, and for training plain JPEGs by torchvision."""
+"""Images: bytes to RGB pixels, by Pillow, and for training plain JPEGs by simplejpeg."""
 
 import functools
 import io
@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+import PIL
+import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from loaders.crops import Picture, to_pixels
 
@@ -51,9 +52,9 @@ def decode(data: bytes, upright: bool = True) -> Image.Image:
 
 @functools.cache
 def decoder() -> Decoder:
-    """`decode` with plain JPEGs left to torchvision, which is faster; the pixels are the same.
+    """`decode` with plain JPEGs left to simplejpeg, which is faster; the pixels are the same.
 
-    Where they are not, or torchvision has no JPEG decoder, it is `decode`, with a warning.
+    Where the installed versions have different pixels, it is `decode`, with a warning.
     """
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8).repeat(4, 0).repeat(3, 1)
@@ -63,8 +64,9 @@ def decoder() -> Decoder:
     if plain is not None and torch.equal(plain, to_pixels(decode(file.getvalue()))):
         return _decode_quickly
     warnings.warn(
-        "torchvision does not decode JPEGs as Pillow does (is it built for another torch, or "
-        "without JPEG?): Pillow decodes all, which is slower; install requirements.txt's versions",
+        f"simplejpeg {simplejpeg.__version__} and Pillow {PIL.__version__} decode the same JPEG to "
+        "different pixels: Pillow decodes all, which is slower; install the versions of "
+        "requirements.txt",
         stacklevel=2,
     )
     return decode
@@ -76,15 +78,16 @@ def decode_plain(data: bytes) -> Tensor | None:
     Plain: grey or RGB in 8 bits, not progressive, to be shown as it is stored, at most MAX_PIXELS,
     and decoded without an error. Whoever gets None decodes with Pillow, which knows all the rest.
     Same library (libjpeg-turbo) and settings, so the same pixels as Pillow's, in the layout that
-    torch resizes and without two copies on the way.
+    torch resizes fastest and without two copies on the way. Only whole images: entropy decoding,
+    which a smaller part of an image does not save, is most of the work.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged meta data; a buffer that cannot be written to
+        warnings.simplefilter("ignore")  # damaged meta data
         try:
             # Pillow reads the header, so that it is understood as `decode` understands it.
             if not _is_plain(Image.open(io.BytesIO(data), formats=("JPEG",))):
                 return None
-            return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+            return torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
         except Exception:  # whatever is wrong, Pillow says it
             return None
 

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.crops import Picture, RandomCrop, TimmCrop, check_decode, to_pixels, to_tensor
+from loaders.crops import Picture, RandomCrop, TimmCrop, to_pixels, to_tensor
 from loaders.decoders import FORMATS as FORMATS
 from loaders.decoders import MAX_PIXELS, BadImage
 from loaders.decoders import decode as decode
@@ -28,17 +28,11 @@ RECIPES = ("unicl_release", "paper", "clip", "clipart", "none")
 View = Callable[[Picture], Tensor]
 
 
-def build_train(
-    recipe: str,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    decode: str = "reference",
-) -> View:
+def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[float]) -> View:
     """A random view: picture (`loaders.crops`) -> uint8 (3, size, size).
 
-    `decode`: `reference`, the pixels of torchvision and timm on Pillow, or `fast`, nearly these
-    pixels from the same boxes and random numbers (`loaders.crops`).
+    Boxes and random numbers are those of torchvision and timm, pixels nearly those that they give
+    on Pillow (`loaders.crops` says how near).
 
     Recipes:
         unicl_release: the settings in the configuration file that microsoft/UniCL ships
@@ -54,19 +48,17 @@ def build_train(
         none: resize of the shorter side and centre crop.
     Raises `ConfigError` for another name.
     """
-    check_decode(decode)
     if recipe == "unicl_release":
-        return _ReleaseView(size, mean, std, decode)
+        return _ReleaseView(size, mean, std)
     if recipe == "none":
-        view = _EvalView if decode == "reference" else _FastEvalView
-        return view(size, size, v2.InterpolationMode.BICUBIC)
+        return _CentreView(size)
     if recipe == "paper":
-        return _CropView(RandomCrop(size, (0.08, 1.0), decode), flip=True)
+        return _CropView(RandomCrop(size, (0.08, 1.0)), flip=True)
     if recipe == "clip":
-        return _CropView(RandomCrop(size, (0.9, 1.0), decode), flip=False)
+        return _CropView(RandomCrop(size, (0.9, 1.0)), flip=False)
     if recipe == "clipart":
         jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
-        return _CropView(RandomCrop(size, (0.6, 1.0), decode), True, jitter)
+        return _CropView(RandomCrop(size, (0.6, 1.0)), True, jitter)
     raise ConfigError(f"image views {recipe!r} are unknown; there are {', '.join(RECIPES)}")
 
 
@@ -120,7 +112,7 @@ class _ReleaseView:
     Erasing draws its noise after normalisation; what lies outside 0-255 is clipped.
     """
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float], decode: str) -> None:
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self._transform = create_transform(
             size,
             is_training=True,
@@ -138,7 +130,7 @@ class _ReleaseView:
                 if operation.aug_fn is posterize:
                     operation.aug_fn = _posterize
         first, *rest = self._transform.transforms
-        self._transform = v2.Compose([TimmCrop(first, decode), *rest])
+        self._transform = v2.Compose([TimmCrop(first), *rest])
         self._mean = torch.tensor(mean).view(3, 1, 1)
         self._std = torch.tensor(std).view(3, 1, 1)
 
@@ -168,15 +160,16 @@ class _EvalView:
         return to_tensor(image.crop((left, top, left + self._crop, top + self._crop)))
 
 
-class _FastEvalView:
-    """The same by torch, whose bicubic is Pillow's."""
+class _CentreView:
+    """The training view without random numbers: shorter side to `size`, centre crop, by torch."""
 
-    def __init__(self, resize: int, crop: int, mode: v2.InterpolationMode) -> None:
-        self._resize = resize
-        self._transform = v2.Compose([to_pixels, v2.Resize(resize, mode), v2.CenterCrop(crop)])
+    def __init__(self, size: int) -> None:
+        self._size = size
+        resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+        self._transform = v2.Compose([to_pixels, resize, v2.CenterCrop(size)])
 
     def __call__(self, picture: Picture) -> Tensor:
-        _resized(picture, self._resize)
+        _resized(picture, self._size)  # refuses what would become too large
         return self._transform(picture)
 
 

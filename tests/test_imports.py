@@ -36,6 +36,7 @@ FOREIGN = {  # beyond the standard library
     "loaders": {
         "numpy",
         "PIL",
+        "simplejpeg",
         "torch",
         "torchvision",
         "timm",
@@ -94,9 +95,7 @@ def test_foreign_packages_stay_where_they_belong():
                 torchvision = top == "torchvision" and path.stem.startswith("elevater")
                 if package == "data_prep" and top in ("torch", "torchvision", "timm"):
                     wrong += [] if torchvision else [where]
-                # One file is compiled when it is imported, and only where it is needed.
-                compiled = top in ("numba", "llvmlite") and path.stem == "resample"
-                if package in FOREIGN and top not in FOREIGN[package] and not compiled:
+                if package in FOREIGN and top not in FOREIGN[package]:
                     wrong.append(where)
     assert not wrong, "\n".join(wrong)
 

@@ -1,4 +1,4 @@
-"""Training crops: `reference` against torchvision to the bit, `fast` within bounds of it."""
+"""Training images: crops within bounds of torchvision's and timm's, plain JPEGs to the bit."""
 
 import random
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import v2
 
-from loaders import crops, decoders, resample, views
-from loaders.errors import ConfigError
+from loaders import crops, decoders, views
 from tests.loaders.conftest import encoded
 from tests.loaders.test_views import png_header, saved
 
@@ -41,16 +41,71 @@ def draw(view, picture, seed):
     return view(picture)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_reference_equals_torchvision_to_the_bit(size):
-    crop = [v2.RandomResizedCrop(96, scale=(0.08, 1), interpolation=BICUBIC)]
-    theirs = v2.Compose([*crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
-    ours = views.build_train("paper", 96, MEAN, STD)
-    picture = textured(0, size)
-    for seed in range(12):
-        expected = draw(theirs, picture, seed)
-        for given in (picture, crops.to_pixels(picture)):
-            assert torch.equal(draw(ours, given, seed), expected), seed
+def near(found, expected):
+    """At most 2 levels of 255 away but for one value in 50, 0.3 on average; returns the mean."""
+    distance = (found.int() - expected.int()).abs()
+    assert (distance > 2).float().mean() <= 0.02
+    assert distance.max() <= 12
+    assert distance.float().mean() <= 0.3
+    return distance.float().mean().item()
+
+
+def test_resized_boxes_are_near_pillow_s():
+    """The bounds of `loaders.crops`; Pillow 13 resizes some columns first (its PR 9549)."""
+    rows_first, columns_first = [], []
+    for size in [(500, 375), (375, 500), (256, 256), (120, 90), (300, 700)]:
+        picture = textured(0, size)
+        for seed in range(80):
+            torch.manual_seed(seed)
+            box = crops.random_box(*size, (0.08, 1.0))
+            width, height = box[2] - box[0], box[3] - box[1]
+            pillow = picture.crop(box).resize((96, 96), Image.Resampling.BICUBIC)
+            distance = (crops.resize(picture, box, 96).int() - crops.to_tensor(pillow).int()).abs()
+            columns = height - 96 > max(0, 2 * (width - 96))
+            found = columns_first if columns else rows_first
+            found.append((distance.max().item(), distance.float().mean().item()))
+    assert max(rows_first)[0] <= 2
+    assert max(mean for _, mean in rows_first) <= 0.01
+    assert 0 < len(columns_first) < len(rows_first) / 20
+    assert max(columns_first)[0] <= 10
+    assert max(mean for _, mean in columns_first) <= 0.3
+
+
+@pytest.mark.parametrize(("recipe", "scale"), [("paper", (0.08, 1.0)), ("clip", (0.9, 1.0))])
+def test_pixels_are_near_torchvision_s_on_pillow(recipe, scale):
+    ours = views.build_train(recipe, 96, MEAN, STD)
+    steps = [v2.RandomResizedCrop(96, scale=scale, interpolation=BICUBIC)]
+    steps += [v2.RandomHorizontalFlip()] if recipe == "paper" else []
+    theirs = v2.Compose([*steps, v2.PILToTensor()])
+    means = []
+    for size in SIZES:
+        picture = textured(0, size)
+        for seed in range(8):
+            expected = draw(theirs, picture, seed)
+            found = draw(ours, picture, seed)
+            means.append(near(found, expected))
+            assert torch.equal(draw(ours, crops.to_pixels(picture), seed), found)
+    assert sorted(means)[len(means) // 2] <= 0.005
+
+
+def test_pixels_are_near_timm_s_on_pillow():
+    theirs = RandomResizedCropAndInterpolation(96, scale=(0.08, 1.0), interpolation="bicubic")
+    ours = crops.TimmCrop(theirs)
+    assert draw(ours, textured(1, (1, 1)), 0).size == (96, 96)  # where timm's own fails
+    for size in SIZES[:-1]:
+        picture = textured(1, size)
+        for seed in range(8):
+            expected = crops.to_pixels(draw(theirs, picture, seed))
+            near(crops.to_pixels(draw(ours, picture, seed)), expected)
+            near(crops.to_pixels(draw(ours, crops.to_pixels(picture), seed)), expected)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (640, 900), (90, 60)])
+def test_view_without_random_numbers_is_near_pillow_s(size):
+    near(
+        views.build_train("none", 128, MEAN, STD)(textured(2, size)),
+        views.build_eval(128, 128)(textured(2, size)),
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -65,46 +120,6 @@ def test_boxes_are_torchvision_s_and_leave_the_generator_where_it_leaves_it(size
         left, top = box["left"], box["top"]
         assert found == (left, top, left + box["width"], top + box["height"])
         assert torch.equal(after, torch.rand(1))
-
-
-@pytest.mark.parametrize("recipe", views.RECIPES)
-@pytest.mark.parametrize("size", [(500, 375), (640, 900), (90, 60)])
-def test_fast_pixels_are_near_the_reference(recipe, size):
-    """Resizing alone: at most 2 levels of 255, 0.2 on average in any image, 0.02 in most.
-
-    Colour jitter may double a difference; RandAugment may posterise or equalise, so that a level
-    becomes many, but on few pixels.
-    """
-    reference = views.build_train(recipe, 128, MEAN, STD)
-    fast = views.build_train(recipe, 128, MEAN, STD, "fast")
-    highest, means = {"unicl_release": 255, "clipart": 4}.get(recipe, 2), []
-    for seed in range(6):
-        data = saved(textured(seed, size), "JPEG", quality=90)
-        one = draw(reference, views.decode(data), seed).int()
-        assert torch.equal(draw(reference, quick_decode(data), seed).int(), one)
-        other = draw(fast, quick_decode(data), seed).int()
-        difference = (one - other).abs()
-        assert difference.max() <= highest
-        means.append(difference.float().mean().item())
-    assert max(means) <= 0.2
-    assert sorted(means)[3] <= 0.02
-    assert sum(means) > 0
-
-
-def test_fast_draws_the_same_boxes(monkeypatch):
-    boxes = {"reference": [], "fast": []}
-    for decode, found in boxes.items():
-        crop = crops.RandomCrop(32, (0.08, 1.0), decode)
-        resize = crop._resize
-        crop._resize = lambda p, b, s, found=found, resize=resize: (
-            found.append(b),
-            resize(p, b, s),
-        )
-        for seed in range(20):
-            data = encoded(seed, (200, 150))
-            draw(crop, quick_decode(data), seed)
-    assert boxes["fast"] == boxes["reference"]
-    assert len(set(boxes["fast"])) == 20
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
@@ -170,33 +185,17 @@ def test_damaged_files_give_the_same_as_the_reference():
             outcome(quick_decode, bytes(bad)), outcome(views.decode, bytes(bad))
         )
         taken += decoders.decode_plain(bytes(bad)) is not None
-    assert taken > 50  # many damaged files are still decoded by torchvision
-
-
-def test_another_word_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.decode='quick' is not one of reference, fast"):
-        views.build_train("paper", 24, MEAN, STD, "quick")
-
-
-def test_pillow_resizes_itself_where_it_has_other_pixels(monkeypatch):
-    crops._reference.cache_clear()
-    assert crops.resizer("reference") is crops.resize_exactly
-    crops._reference.cache_clear()
-    right = resample.resize
-    monkeypatch.setattr(resample, "resize", lambda *a: right(*a) ^ (np.arange(32) == 5))
-    with pytest.warns(UserWarning, match=r"Pillow [\d.]+ resizes otherwise"):
-        assert crops.resizer("reference") is crops.resize_by_pillow
-    picture = textured(1, (60, 50))
-    boxed = crops.resize_by_pillow(crops.to_pixels(picture), (3, 2, 50, 40), 24)
-    assert torch.equal(boxed, crops.resize_by_pillow(picture, (3, 2, 50, 40), 24))
-    crops._reference.cache_clear()
+    assert taken > 50  # many damaged files are still decoded by simplejpeg
 
 
 @pytest.mark.parametrize("wrong", [lambda data: None, lambda data: right_pixels(data) ^ 1])
-def test_pillow_decodes_where_torchvision_does_not_do_the_same(monkeypatch, wrong):
+def test_pillow_decodes_where_simplejpeg_has_other_pixels(monkeypatch, wrong):
     views.decoder.cache_clear()
     monkeypatch.setattr(decoders, "decode_plain", wrong)
-    with pytest.warns(UserWarning, match="torchvision does not decode JPEGs as Pillow does"):
+    with pytest.warns(
+        UserWarning,
+        match=r"simplejpeg [\d.]+ and Pillow [\d.]+ decode the same JPEG to different pixels",
+    ):
         assert views.decoder() is views.decode
     views.decoder.cache_clear()
 
