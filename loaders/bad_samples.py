@@ -69,16 +69,16 @@ def describe_failure(
 
     `index`: the last of them, whose tar may be walked; `caption_source`: as in `TextOptions`.
     """
-    last, reasons = bad[-1], {sample.reason for sample in bad}
+    last, reasons = bad[-1], Counter(sample.reason for sample in bad)
     what = (
         f"{shards.name}: {len(bad)} bad samples in a row, the last: {last.shard}, sample "
         f"{last.key!r}, {last.reason}"
     )
-    if len(reasons) == 1:
-        what += " as all of them"
-    if reasons <= _WITHOUT_CAPTION:
+    counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    what += f" (in all: {counts})" if len(reasons) > 1 else " as all of them"
+    if reasons.keys() <= _WITHOUT_CAPTION:
         return f"{what}; {_explain_caption(shards, index, caption_source)}"
-    if reasons == {"no_image"}:
+    if reasons.keys() == {"no_image"}:
         extensions = member_extensions(last.shard, last.key)
         return f"{what}; it holds {listed(extensions)}. Read are {READ_EXTENSIONS}; rename them"
     return f"{what}; check that shard, or leave it out"
