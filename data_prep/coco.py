@@ -75,7 +75,7 @@ def prepare_captions(arguments: argparse.Namespace) -> None:
             "split": split,
             "captions_per_image": limit,
         },
-        "extra": {"captions": kept, "captions_without_text": found.empty},
+        "extra": karpathy.caption_facts(kept, found.empty),
     }
     karpathy.write_set(
         arguments,

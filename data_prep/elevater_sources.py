@@ -20,6 +20,7 @@ from data_prep import elevater_targets
 from data_prep.image_source import image_extension, open_images
 from data_prep.shard_writer import Unusable
 from loaders.errors import ConfigError, DataError
+from loaders.plain_text import read_text
 
 _LOSSLESS = ("PPM", "BMP", "TIFF")  # formats that are written as PNG
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".tif", ".tiff")
@@ -131,7 +132,7 @@ def _read_torchvision(what: str, data: Any, gives_paths: bool, split: str, root:
         numbers = elevater_targets.kitti_splits(root / "Kitti" / "raw" / "mapping")[split]
         base = root / "Kitti" / "raw" / "training"
         paths = [base / "image_2" / f"{number:06d}.png" for number in sorted(numbers)]
-        texts = [(base / "label_2" / f"{path.stem}.txt").read_text() for path in paths]
+        texts = [read_text(base / "label_2" / f"{path.stem}.txt") for path in paths]
         classes = [elevater_targets.closest_vehicle_class(text) for text in texts]
         return _file_source(what, None, [[i] for i in classes], paths, root)
     if kind == "OxfordIIITPet":

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import DataError
+from loaders.plain_text import read_text
 
 ALIASES = "data_prep/elevater_sets.yaml, key aliases"
 _VEHICLES = ("Car", "Van", "Truck")
@@ -117,8 +118,8 @@ def kitti_splits(mapping: Path) -> dict[str, list[int]]:
     tensorflow-datasets, kitti 3.3.0, which VTAB reads. Raises `DataError` for missing files.
     """
     try:
-        lines = (mapping / "train_mapping.txt").read_text().splitlines()
-        numbers = [int(text) - 1 for text in (mapping / "train_rand.txt").read_text().split(",")]
+        lines = read_text(mapping / "train_mapping.txt").splitlines()
+        numbers = [int(text) - 1 for text in read_text(mapping / "train_rand.txt").split(",")]
         videos: dict[str, list[int]] = {}
         for image, number in enumerate(numbers):
             videos.setdefault(lines[number].split(" ")[1], []).append(image)

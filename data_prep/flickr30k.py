@@ -45,7 +45,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         # README of Flickr30k Entities (BryanPlummer/flickr30k_entities)
         "license": "non-commercial research and education; images under the terms of Flickr",
         "identity": {"karpathy_sha256": found.sha256, "split": split},
-        "extra": {"captions": kept, "captions_without_text": found.empty},
+        "extra": karpathy.caption_facts(kept, found.empty),
     }
     karpathy.write_set(
         arguments,

@@ -18,6 +18,7 @@ from data_prep import folder
 from data_prep.image_source import ImagesByName, image_extension
 from data_prep.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError
+from loaders.manifest import CAPTION_LINES
 from loaders.specs import as_path
 
 CAPTIONS_PER_IMAGE = 5
@@ -137,6 +138,11 @@ def check_count(what: str, found: int, expected: int | None) -> None:
             f"{what}: {found} found, {expected} expected; get the complete official file "
             "(--expected-images N is for another number of images)"
         )
+
+
+def caption_facts(kept: int, empty: int) -> dict[str, Any]:
+    """What the manifest says of the captions: how many, and that each line of `txt` is one."""
+    return {"captions": kept, "captions_without_text": empty, CAPTION_LINES: True}
 
 
 def caption_members(image: Captioned, data: bytes) -> dict[str, bytes]:

@@ -76,7 +76,7 @@ def captions_of(tar: Path, table: pa.Table | None = None) -> list[str]:
     for row in index[index["text_offset"] >= 0]:
         data = reader.read(str(tar), int(row["text_offset"]), int(row["text_size"]))
         # What is not UTF-8 is listed by verify.py; here it is only counted.
-        found += data.decode("utf-8", errors="replace").splitlines() or [""]
+        found += data.decode("utf-8-sig", errors="replace").splitlines() or [""]
     return found
 
 

@@ -40,7 +40,7 @@ from data_prep import folder
 from data_prep.expression import CannotEvaluate, Expression
 from data_prep.shard_writer import Unusable, permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
-from loaders.manifest import MANIFEST, ShardSet, open_shards
+from loaders.manifest import CAPTION_LINES, MANIFEST, ShardSet, open_shards
 from loaders.specs import as_path, local
 from loaders.tarreader import NO_LABEL, Member, ShardReader, iterate_members, open_index, sample_key
 
@@ -223,10 +223,24 @@ def describe_inputs(shards: ShardSet) -> list[dict[str, str]]:
     for place, name in _set_names(shards).items():
         homes = [place.parent, place] if place.name == folder.SHARDS else [place]
         manifests = [home / MANIFEST for home in homes if (home / MANIFEST).is_file()]
-        stated = json.loads(manifests[0].read_text(encoding="utf-8")) if manifests else {}
+        stated = json.loads(manifests[0].read_bytes()) if manifests else {}
         about = {key: stated.get(key, "not stated") for key in ("source", "license")}
         found.append({"name": name, **about})
     return found
+
+
+def caption_lines(shards: ShardSet) -> dict[str, bool]:
+    """The key of the new manifest for inputs in which each line of a text is a caption.
+
+    Raises `DataError` where this is so in some of the tars only: one manifest cannot say both.
+    """
+    without = [shard.path for shard in shards.shards if shard.path not in shards.caption_lines]
+    if shards.caption_lines and without:
+        raise DataError(
+            f"{min(shards.caption_lines)} has a caption on each line of a text, {without[0]} has "
+            "not; write the two kinds into sets of their own"
+        )
+    return {CAPTION_LINES: True} if shards.caption_lines else {}
 
 
 def select(shards: ShardSet, arguments: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
@@ -295,7 +309,7 @@ def main() -> None:
     if not len(chosen):
         raise DataError(f"none of the {len(shards)} samples is chosen; there is nothing to write")
     print(f"{len(chosen)} of {len(shards)} samples are chosen")
-    inputs = describe_inputs(shards)
+    inputs, lines = describe_inputs(shards), caption_lines(shards)
     preparation = folder.Preparation(
         tool="data_prep/reshard.py",
         name=out.resolve().name,
@@ -313,7 +327,7 @@ def main() -> None:
             "seed": arguments.seed,
             "samples_per_shard": size,
         },
-        extra={"inputs": inputs, "selection": {**selection, "of_samples": len(shards)}},
+        extra={"inputs": inputs, "selection": {**selection, "of_samples": len(shards)}} | lines,
     )
     classes = [{**asdict(entry), "names": list(entry.names)} for entry in shards.classes]
     folder.begin(out, preparation, classes)

@@ -254,7 +254,7 @@ def _image_faults(data: memoryview | None, decode: bool) -> Iterator[str]:
 def _text_faults(members: dict[str, memoryview], needs_caption: bool) -> Iterator[str]:
     if "text" in members:
         try:
-            empty = not str(members["text"], "utf-8").strip()
+            empty = not str(members["text"], "utf-8-sig").strip()
         except UnicodeDecodeError as error:
             yield f"caption: not UTF-8 at byte {error.start}"
         else:

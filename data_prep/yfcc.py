@@ -38,6 +38,7 @@ from data_prep import folder, img2ds, url_list, yfcc_metadata
 from data_prep.list_input import read_lines
 from data_prep.list_rows import WEB, Notes, Rejected, Row
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.manifest import CAPTION_LINES
 from loaders.specs import as_path, local
 
 BUCKET = "https://multimedia-commons.s3-us-west-2.amazonaws.com/data/images"
@@ -280,7 +281,8 @@ def main() -> None:
         },
         extra={
             "list": {**identity, "captions": job.captions, "images": images}
-            | {what: index[what] for what in url_list.SUMMARY}
+            | {what: index[what] for what in url_list.SUMMARY},
+            **({CAPTION_LINES: True} if job.list_name == "declip" else {}),
         },
     )
     folder.begin(given.out, preparation)

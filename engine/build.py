@@ -24,6 +24,7 @@ IDENTITY = (
     "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
     "data.templates", "data.augmentation",
 )  # fmt: skip
+_LOOKED_AT = 8  # samples of a source, to say how many captions an image has
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Plan:
             classes = f", {len(source.classes)} classes" if source.classes else ""
             lines.append(
                 f"  {source.kind} {source.name}: {len(source)} samples in "
-                f"{len(source.shards)} shards{classes}"
+                f"{len(source.shards)} shards{classes}{_several_captions(source, self.cfg)}"
             )
         shares = zip(self.order.streams, self.order.shares, strict=True)
         lines += [
@@ -120,9 +121,14 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
 
 
 def dataset(plan: Plan) -> TripletDataset:
-    """The map from (step, position, uid) to a training sample."""
+    """The map from (step, position, uid) to a training sample, tried once for each source.
+
+    Raises:
+        ConfigError: an augmentation, tokenizer or template list that cannot be built.
+        DataError: a source of which none of several samples can be used.
+    """
     cfg, model = plan.cfg, model_config(plan.cfg)
-    return TripletDataset(
+    made = TripletDataset(
         plan.sources,
         plan.labels,
         views=[
@@ -137,6 +143,8 @@ def dataset(plan: Plan) -> TripletDataset:
         caption_labels=cfg.data.caption_labels,
         decode=views.decoder(),
     )
+    made.try_sources()
+    return made
 
 
 def describe_parts(plan: Plan) -> str:
@@ -144,6 +152,7 @@ def describe_parts(plan: Plan) -> str:
 
     Raises:
         ConfigError: an augmentation, tokenizer, template list or tower that cannot be built.
+        DataError: as `dataset`.
     """
     dataset(plan)
     model = models.build(model_config(plan.cfg))
@@ -193,6 +202,18 @@ def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method
     for needed, kind in ((method.needs_labels, "image_label"), (method.needs_pairs, "image_text")):
         if needed and kind not in kinds:
             raise ConfigError(f"loss.name={cfg.loss.name} needs data.{kind}")
+
+
+def _several_captions(source: ShardSet, cfg: DictConfig) -> str:
+    """How many captions an image has, by the first samples; empty where each has one."""
+    if source.kind != "image_text":
+        return ""
+    counts = texts.count_captions(source, cfg.data.caption, _LOOKED_AT)
+    low, high = min(counts, default=0), max(counts, default=0)
+    if high < 2:
+        return ""
+    number = f"{low}" if low == high else f"{low} to {high}"
+    return f", {number} captions an image (first {len(counts)} samples), one drawn each time"
 
 
 def _select(tree: dict[str, Any], key: str) -> Any:

@@ -40,7 +40,7 @@ class TrainModule(nn.Module):
 def read_json(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON file; raises ConfigError naming file and line."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"DeepSpeed configuration {path}: {error}") from None
 

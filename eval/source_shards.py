@@ -9,6 +9,7 @@ import numpy as np
 from eval.source_base import Source, files_hash
 from loaders import manifest, texts, views
 from loaders.errors import DataError
+from loaders.plain_text import read_text
 
 
 class ShardSource(Source):
@@ -103,4 +104,4 @@ def _lines(path: Path) -> list[str] | None:
     """Lines of a text file without surrounding space; None if there is no such file."""
     if not path.is_file():
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]

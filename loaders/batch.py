@@ -7,38 +7,30 @@ position in the global batch), so ranks, workers and micro-batches change nothin
 
 import gc
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from loaders.bad_samples import BadSample, describe_failure
+from loaders.bad_samples import BadSampleCounter as BadSampleCounter
 from loaders.decoders import BadImage, Decoder, decode
-from loaders.errors import ConfigError, DataError, TooManyBadSamples
+from loaders.errors import ConfigError, DataError
 from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
-from loaders.texts import BadText, TextOptions, label_text, read_caption
+from loaders.texts import BadText, TextOptions, draw_captions, label_text, read_captions
 from loaders.views import View
 from loaders.workers import GuardedLoader, ReadingNotes
 
 ATTEMPTS = 10
 TENSORS = ("image", "text")
 CAPTION_LABELS = ("unique", "by_text")
-
-
-class BadSample(NamedTuple):
-    """A sample that could not be used: source name, tar, key, and the reason in a word."""
-
-    source: str
-    shard: str
-    key: str
-    reason: str
 
 
 class GlobalOrder(Protocol):
@@ -59,7 +51,8 @@ class TripletDataset(Dataset):
         tokenizer: list of n strings -> (n, L) int64.
         seed: of the run.
         caption_labels: `unique`: a caption has the label -1; `by_text`: equal captions share a
-            label <= -2 (Florence, arXiv 2111.11432, section 2.2).
+            label <= -2 (Florence, arXiv 2111.11432, section 2.2); of several captions, the one
+            that is drawn first.
         decode: bytes -> what the views take (`loaders.decoders.decoder`).
     """
 
@@ -100,6 +93,17 @@ class TripletDataset(Dataset):
         """`source`, `shard` and `key` of a global sample id."""
         sample = self._describe(*self.locate(uid), "")
         return {"source": sample.source, "shard": sample.shard, "key": sample.key}
+
+    def try_sources(self) -> None:
+        """Make a sample of each source, so that what none of them has is said before a run.
+
+        A bad one is replaced, as in training. Raises `DataError` as `__getitems__`.
+        """
+        # Short of its tokens: the workers of a process whose tokenizer has used its threads
+        # would get none.
+        with _generators_kept():
+            for source in range(len(self.sources)):
+                self._sample((0, 0, self.uid(source, 0)))
 
     def __getitem__(self, address: tuple[int, int, int]) -> dict:
         """Sample of one position; as `__getitems__`."""
@@ -146,9 +150,7 @@ class TripletDataset(Dataset):
                 uid = self.uid(source, index)
                 return {**sample, "uid": uid, "source": source, "step": step, "bad": bad}
         raise DataError(
-            f"{self.sources[source].name}: {ATTEMPTS} bad samples in a row, the last: "
-            f"{bad[-1].shard}, sample {bad[-1].key!r}, {bad[-1].reason}; check that "
-            "shard, or leave it out"
+            describe_failure(self.sources[source], index, bad, self.texts.caption_source)
         )
 
     def _make(self, source: int, index: int, seed: int) -> dict:
@@ -160,9 +162,9 @@ class TripletDataset(Dataset):
             names = self.label_space.names(label)
             texts = [label_text(names, self.texts.templates, rng) for _ in range(self.texts.views)]
         else:  # a `.cls` beside a caption is for evaluation and must not reach the loss
-            caption = read_caption(shards, index, self.texts.caption_source)
-            label = caption_group(caption) if self.caption_labels == "by_text" else PAIR
-            texts = [caption] * self.texts.views
+            captions = read_captions(shards, index, self.texts.caption_source)
+            texts = draw_captions(captions, self.texts.views, rng)
+            label = caption_group(texts[0]) if self.caption_labels == "by_text" else PAIR
         picture = self.decode(shards.read_image(index))
         _seed(seed)
         images = [view(picture) for view in self.views]
@@ -257,43 +259,6 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else its start draws from the trainer's generator
     )
-
-
-class BadSampleCounter:
-    """Counts bad samples by (source, reason), keeps the first 50, and says when to stop.
-
-    Args:
-        max_fraction: of the samples seen, e.g. 0.05.
-        min_samples: below this many seen, nothing is judged.
-    """
-
-    def __init__(self, max_fraction: float, min_samples: int = 1000) -> None:
-        self.max_fraction, self.min_samples = max_fraction, min_samples
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.first: list[BadSample] = []
-        self.bad = self.seen = 0
-
-    def update(self, bad: Iterable[BadSample], seen: int) -> None:
-        """Count the bad samples of a batch of `seen` samples."""
-        for sample in bad:
-            self.bad += 1
-            self.counts[sample.source, sample.reason] += 1
-            if len(self.first) < 50:
-                self.first.append(sample)
-        self.seen += seen
-
-    def check(self, total_bad: int, total_seen: int) -> None:
-        """Raise `TooManyBadSamples` if the totals (over all ranks) exceed the fraction."""
-        if total_seen < self.min_samples or total_bad <= self.max_fraction * total_seen:
-            return
-        counts = "".join(f"\n  {s}: {n} {reason}" for (s, reason), n in self.counts.most_common())
-        first = "".join(f"\n  {s.shard} sample {s.key!r}: {s.reason}" for s in self.first)
-        raise TooManyBadSamples(
-            f"{total_bad} bad among {total_seen} samples, more than the fraction "
-            f"{self.max_fraction} that data.max_bad_fraction allows; replace the shards "
-            "named below, or raise it. Counts of this rank:"
-            f"{counts}\nFirst ones of this rank:{first}"
-        )
 
 
 def _hash(*values: object) -> int:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -20,14 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import DataError
+from loaders.manifest_file import CAPTION_LINES as CAPTION_LINES
 from loaders.manifest_file import (
     KINDS,
     MANIFEST,
     ClassEntry,
+    is_retrieval_folder,
     load_classes,
     load_manifest,
     parse_classes,
+    states_caption_lines,
 )
+from loaders.plain_text import decode_text
 from loaders.specs import expand
 from loaders.tarheaders import shown
 from loaders.tarreader import NO_LABEL, TOO_LARGE, ShardReader, open_index
@@ -61,13 +65,19 @@ class ShardSet:
     """The samples of several tars as one sequence: shard order, then tar order.
 
     `kind` decides the training label: `image_label` trains on the class id; `image_text` always
-    has the label -1, whatever `labels` holds (it then serves evaluation only).
+    has the label -1, whatever `labels` holds (it then serves evaluation only). `caption_lines`:
+    paths of the tars in which each line of a text is a caption.
     """
 
     def __init__(
-        self, name: str, kind: str, classes: Sequence[ClassEntry], shards: Sequence[ShardInfo]
+        self,
+        name: str,
+        kind: str,
+        classes: Sequence[ClassEntry],
+        shards: Sequence[ShardInfo],
+        caption_lines: Collection[str] = (),
     ) -> None:
-        self.name, self.kind = name, kind
+        self.name, self.kind, self.caption_lines = name, kind, frozenset(caption_lines)
         self.classes, self.shards = list(classes), list(shards)
         self.shard_sizes = np.array([shard.samples for shard in shards], dtype=np.int64)
         self._ends = np.cumsum(self.shard_sizes).tolist()  # searched for every read
@@ -124,9 +134,12 @@ class ShardSet:
         return data
 
     def read_text(self, i: int) -> str | None:
-        """Content of `.txt`, None if absent; raises `UnicodeDecodeError` if it is not UTF-8."""
+        """Content of `.txt`, None if absent; raises `UnicodeDecodeError` if it is not UTF-8.
+
+        Without a byte order mark, and with line feeds as line ends.
+        """
         data = self._read(i, "text")
-        return None if data is None else data.decode("utf-8")
+        return None if data is None else decode_text(data)
 
     def read_json(self, i: int) -> dict | None:
         """Content of `.json`, None if absent; raises `ValueError` if it is not a JSON object."""
@@ -205,7 +218,7 @@ def open_shards(
         kind = kinds.pop() or _infer_kind(ranges)
     first = manifests[folders[0]]
     name = name or (first["name"] if first else folders[0].resolve().name)
-    shard_set = ShardSet(name, kind, tables[0], shards)
+    shard_set = ShardSet(name, kind, tables[0], shards, _caption_lines(paths, manifests))
     if kind == "image_label":
         _check_labels(shard_set, ranges)
     return shard_set
@@ -289,6 +302,16 @@ def _home(path: str) -> Path:
     folder = Path(path).parent
     above = folder.parent
     return above if folder.name == "shards" and (above / MANIFEST).is_file() else folder
+
+
+def _caption_lines(paths: Sequence[str], manifests: dict[Path, dict | None]) -> set[str]:
+    """Those of the tars in which each line of a text is a caption."""
+    found = {path for path in paths if states_caption_lines(manifests[_home(path)])}
+    places: dict[Path, set[str]] = {}
+    for path in paths:  # linked tars, as of data_prep/import_shards.py, are looked up at both ends
+        for place in (os.path.abspath(path), os.path.realpath(path)):
+            places.setdefault(Path(place).parent, set()).add(path)
+    return found.union(*(tars for place, tars in places.items() if is_retrieval_folder(place)))
 
 
 def _shard_info(path: str, stated: dict | None) -> tuple[ShardInfo, tuple[int, int, bool]]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders.errors import DataError
+from loaders.plain_text import read_text, text_lines
 from loaders.tarheaders import shown
 
 KINDS = ("image_label", "image_text")
 MANIFEST = "manifest.json"
-_MAX_BYTES = 1 << 28  # of a manifest or a list of class names
+CAPTION_LINES = "caption_lines"  # key of a manifest: each line of a text is a caption
+_DATASET_TYPE = "dataset_type.txt"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -29,7 +31,7 @@ def load_manifest(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(_read_text(path))
+        manifest = json.loads(read_text(path))
     except (ValueError, RecursionError):
         manifest = None
     if not _is_manifest(manifest):
@@ -51,7 +53,7 @@ def load_classes(folder: Path, manifest: dict | None) -> list[ClassEntry]:
     for place in (folder, folder.parent):
         path = place / "classnames.txt"
         if path.is_file():
-            names = _read_text(path).splitlines()
+            names = text_lines(read_text(path))
             table = [{"id": i, "synset": None, "names": [n]} for i, n in enumerate(names)]
             return parse_classes(path, table)
     return []
@@ -79,14 +81,25 @@ def parse_classes(path: Path, table: list[dict]) -> list[ClassEntry]:
     return entries
 
 
-def _read_text(path: Path) -> str:
-    """A whole UTF-8 file. `DataError` for one too large to be meant, or not UTF-8."""
-    try:
-        if path.stat().st_size <= _MAX_BYTES:
-            return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    raise DataError(f"{path}: larger than {_MAX_BYTES} bytes; write it again")
+def states_caption_lines(manifest: dict | None) -> bool:
+    """Whether a manifest says that each line of a sample's text is a caption of its own."""
+    manifest = manifest or {}
+    if manifest.get(CAPTION_LINES) is True:
+        return True
+    # Sets that data_prep/yfcc.py made of DeCLIP's list before it wrote the key.
+    identity = manifest.get("identity")
+    declip = isinstance(identity, dict) and identity.get("list") == "declip"
+    return declip and manifest.get("tool") == "data_prep/yfcc.py"
+
+
+def is_retrieval_folder(folder: Path) -> bool:
+    """Whether CLIP_benchmark reads the tars of a folder line by line as captions.
+
+    It does where `dataset_type.txt`, in the folder above, holds `retrieval` (CLIP_benchmark 1.6.2,
+    datasets/builder.py, build_wds_dataset); in the folder itself it counts as well.
+    """
+    files = [place / _DATASET_TYPE for place in (folder, folder.parent)]
+    return any(file.is_file() and read_text(file).strip().lower() == "retrieval" for file in files)
 
 
 def is_text(value) -> bool:

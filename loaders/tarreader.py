@@ -10,12 +10,13 @@ first dot of the base name, as in the webdataset convention; members of one samp
 adjacent.
 """
 
+import codecs
 import json
 import os
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,6 +27,10 @@ from loaders.tarheaders import MEND, SAMPLE_NAME, Member, iterate_members, requi
 from loaders.tarheaders import sample_key as sample_key
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+READ_EXTENSIONS = (
+    f"images as {' '.join('.' + end for end in IMAGE_EXTENSIONS)}, captions as .txt or in .json, "
+    "class numbers as .cls or in .json"
+)
 NO_LABEL = -1
 INDEX_FOLDER = ".index"
 INDEX_VERSION = 1
@@ -52,8 +57,10 @@ def build_index(path: str | os.PathLike) -> np.ndarray:
         for key, parts in _iterate_samples(path):
             if key in seen:
                 raise DataError(
-                    f"{path}: sample key {shown(key)} occurs twice: the members of a sample must "
-                    f"be adjacent and keys unique; {MEND}"
+                    f"{path}: sample key {shown(key)} occurs twice: its members do not follow one "
+                    "another, or two samples have the same key. Give each sample a key of its own "
+                    "and write its members side by side, as tar does that sorts by name: "
+                    "tar --sort=name -cf NEW.tar -C FOLDER ."
                 )
             seen.add(key)
             extensions.update(parts)
@@ -64,12 +71,26 @@ def build_index(path: str | os.PathLike) -> np.ndarray:
                 row += _place(member, limit)
             rows.append((*row, _read_label(path, key, file.fileno(), parts)))
     if not extensions.intersection(IMAGE_EXTENSIONS):
-        found = ", ".join(shown(name) for name in sorted(extensions)[:10]) or "none"
+        if not extensions:
+            raise DataError(f"{path}: empty: no sample in it; delete the shard")
         raise DataError(
-            f"{path}: empty: no sample with an image ({', '.join(IMAGE_EXTENSIONS)}); extensions "
-            f"found: {found}; delete the shard, or check the member names (keys hold no dot)"
+            f"{path}: no sample with an image: its members end in {listed(extensions)}. Read are "
+            f"{READ_EXTENSIONS}. Write the shard again with such names (keys hold no dot), or "
+            "leave it out"
         )
     return np.array(rows, dtype=_row_type(max(len(row[0]) for row in rows)))
+
+
+def member_extensions(path: str | os.PathLike, key: str) -> set[str]:
+    """What the members of a sample end in, those that are not read included; walks the tar."""
+    members = (SAMPLE_NAME.fullmatch(member.name) for member in iterate_members(path))
+    return {match.group(2).lower() for match in members if match and match.group(1) == key}
+
+
+def listed(extensions: Iterable[str]) -> str:
+    """Extensions for a message, with their dots, at most ten."""
+    names = sorted(extensions)
+    return ", ".join(shown(f".{name}") for name in names[:10]) + ", …" * (len(names) > 10)
 
 
 def open_index(path: str | os.PathLike) -> np.ndarray:
@@ -218,7 +239,7 @@ def _read_label(path, key: str, number: int, parts: dict[str, Member]) -> int:
         try:
             if len(text) > _MAX_CLASS_BYTES:
                 raise ValueError
-            return int(np.int64(int(text)))
+            return int(np.int64(int(text.removeprefix(codecs.BOM_UTF8))))
         except (ValueError, OverflowError):
             raise DataError(
                 f"{path}: sample {shown(key)}: .cls must hold one class number, found "

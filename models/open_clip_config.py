@@ -71,7 +71,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         model = content["model_cfg"]
         dict(model["vision_cfg"]), dict(model["text_cfg"])
         return {"model_cfg": model, "preprocess_cfg": dict(content.get("preprocess_cfg") or {})}
@@ -199,7 +199,7 @@ def _timm_model(name: str, size: int) -> tuple[str, dict[str, Any]]:
         return name, {}
     path = Path(name.removeprefix(LOCAL_PREFIX)) / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         architecture, arguments = content["architecture"], dict(content.get("model_args") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -26,6 +26,7 @@ MAY_USE = {
         "data_prep",
         "loaders.errors",
         "loaders.manifest",
+        "loaders.plain_text",
         "loaders.specs",
         "loaders.tarreader",
     },

@@ -170,7 +170,8 @@ def test_line_breaks_become_spaces_and_empty_captions_go(made, captions):
     found = {shards.read_json(i)["cocoid"]: i for i in range(6)}[35]
     assert shards.read_text(found) == "two lines\na  b c\nd\ne\nf"
     assert shards.read_json(found)["sentids"] == [0, 2, 3, 4, 5]
-    assert folder.load(out).extra == {"captions": 30, "captions_without_text": 1}
+    stated = {"captions": 30, "captions_without_text": 1, "caption_lines": True}
+    assert folder.load(out).extra == stated
 
 
 def test_one_line():

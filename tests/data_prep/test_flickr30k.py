@@ -10,6 +10,7 @@ from data_prep import flickr30k, folder
 from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
+from loaders.texts import read_captions
 from tests.loaders.conftest import encoded, write_tar
 
 
@@ -63,6 +64,7 @@ def test_the_official_test_split_from_folder_zip_and_tar(prepare, tmp_path):
         "image_text",
         1000,
     )
+    assert shards.caption_lines == {shard.path for shard in shards.shards}
     seen = set()
     for i in range(len(shards)):
         about = shards.read_json(i)
@@ -75,6 +77,8 @@ def test_the_official_test_split_from_folder_zip_and_tar(prepare, tmp_path):
             "split": "test",
         }
         assert shards.read_text(i).split("\n") == about["captions"]
+        assert read_captions(shards, i, "txt") == read_captions(shards, i, "json.captions")
+        assert read_captions(shards, i, "txt") == about["captions"]
         assert shards.read_image(i) == files[e["filename"]]
         seen.add(about["imgid"])
     assert seen == {e["imgid"] for e in entries if e["split"] == "test"}

@@ -12,6 +12,7 @@ from data_prep import folder, reshard
 from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards, write_manifest
+from loaders.texts import read_captions
 from tests.loaders.conftest import encoded, sample, write_tar
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "reshard.py"
@@ -164,6 +165,19 @@ def test_foreign_tars_are_read_without_a_manifest(tmp_path, run):
     verify(out)
     assert (open_shards(out).kind, len(open_shards(out))) == ("image_text", 4)
     assert sorted(origins(out)) == ["0/x/5", "0/x/6", "1/x/5", "1/x/6"]
+
+
+def test_lines_that_are_captions_stay_so(tmp_path, run):
+    for name in ("several", "one"):
+        write_tar(tmp_path / name / "test" / "0.tar", sample("a", txt=b"a cat\nthe cat"))
+    (tmp_path / "several" / "dataset_type.txt").write_text("retrieval")
+    places = [tmp_path / name / "test" for name in ("several", "one")]
+    for place, captions in zip(places, (["a cat", "the cat"], ["a cat\nthe cat"]), strict=True):
+        out = run(f"new_{place.parent.name}", place, "--where", "True")
+        verify(out)
+        assert read_captions(open_shards(out), 0, "txt") == captions
+    with pytest.raises(DataError, match=r"several/test/0\.tar has a caption on each line.*one/"):
+        run("both", *places, "--where", "True")
 
 
 def test_a_damaged_json_costs_its_sample_only(tmp_path, run):

@@ -4,6 +4,7 @@ import gzip
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tarfile
 
 import numpy as np
@@ -131,6 +132,32 @@ def test_damaged_tars_are_named(tmp_path, what, words):
 def test_unusable_members_are_named(tmp_path, members, words):
     with pytest.raises(DataError, match=words):
         tarreader.build_index(write_tar(tmp_path / "a.tar", members))
+
+
+def test_members_that_lie_apart_are_mended_by_the_advice(tmp_path):
+    """As people pack all images first; with the real tar, as the message says it."""
+    folder, names = tmp_path / "files", ("a.jpg", "b-1.jpg", "b.jpg", "a.txt", "b-1.txt", "b.txt")
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(encoded(1) if name.endswith("jpg") else name.encode())
+    subprocess.run(["tar", "-cf", tmp_path / "apart.tar", "-C", folder, *names], check=True)
+    with pytest.raises(DataError, match=r"apart\.tar: sample key 'a' occurs") as caught:
+        tarreader.build_index(tmp_path / "apart.tar")
+    advice = str(caught.value).partition("sorts by name: ")[2]
+    assert advice == "tar --sort=name -cf NEW.tar -C FOLDER ."
+    command = advice.replace("NEW", str(tmp_path / "new")).replace("FOLDER", str(folder))
+    subprocess.run(command.split(), check=True)
+    index = tarreader.build_index(tmp_path / "new.tar")
+    assert (len(index), (index["text_offset"] > 0).all()) == (3, True)
+
+
+def test_other_extensions_are_told(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.img", b"x"), ("a.cap", b"x"), ("b.v1.jpg", b"x")])
+    with pytest.raises(DataError) as caught:
+        tarreader.build_index(path)
+    text = str(caught.value)
+    assert "its members end in '.cap', '.img', '.v1.jpg'. Read are images as .jpg" in text
+    assert "captions as .txt or in .json, class numbers as .cls or in .json" in text
 
 
 def test_sparse_members_are_refused(tmp_path):

@@ -1,0 +1,112 @@
+"""Samples that could not be used: their record, their count, and what to say of many in a row."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from loaders.errors import TooManyBadSamples
+from loaders.manifest import OversizedMember, ShardSet
+from loaders.manifest_file import is_text
+from loaders.tarheaders import shown
+from loaders.tarreader import READ_EXTENSIONS, listed, member_extensions
+
+_WITHOUT_CAPTION = {"no_caption", "caption_not_text", "empty_caption"}
+_PLAIN_KEY = re.compile(r"[\w.-]{1,60}")  # of a `.json`, to be typed on a command line
+_LIKELY = ("caption", "text", "txt")  # in the name of a key that holds captions
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used: source name, tar, key, and the reason in a word."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+
+
+class BadSampleCounter:
+    """Counts bad samples by (source, reason), keeps the first 50, and says when to stop.
+
+    Args:
+        max_fraction: of the samples seen, e.g. 0.05.
+        min_samples: below this many seen, nothing is judged.
+    """
+
+    def __init__(self, max_fraction: float, min_samples: int = 1000) -> None:
+        self.max_fraction, self.min_samples = max_fraction, min_samples
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.first: list[BadSample] = []
+        self.bad = self.seen = 0
+
+    def update(self, bad: Iterable[BadSample], seen: int) -> None:
+        """Count the bad samples of a batch of `seen` samples."""
+        for sample in bad:
+            self.bad += 1
+            self.counts[sample.source, sample.reason] += 1
+            if len(self.first) < 50:
+                self.first.append(sample)
+        self.seen += seen
+
+    def check(self, total_bad: int, total_seen: int) -> None:
+        """Raise `TooManyBadSamples` if the totals (over all ranks) exceed the fraction."""
+        if total_seen < self.min_samples or total_bad <= self.max_fraction * total_seen:
+            return
+        counts = "".join(f"\n  {s}: {n} {reason}" for (s, reason), n in self.counts.most_common())
+        first = "".join(f"\n  {s.shard} sample {s.key!r}: {s.reason}" for s in self.first)
+        raise TooManyBadSamples(
+            f"{total_bad} bad among {total_seen} samples, more than the fraction "
+            f"{self.max_fraction} that data.max_bad_fraction allows; replace the shards "
+            "named below, or raise it. Counts of this rank:"
+            f"{counts}\nFirst ones of this rank:{first}"
+        )
+
+
+def describe_failure(
+    shards: ShardSet, index: int, bad: Sequence[BadSample], caption_source: str
+) -> str:
+    """What to tell of a source whose samples were bad, one after another.
+
+    `index`: the last of them, whose tar may be walked; `caption_source`: as in `TextOptions`.
+    """
+    last, reasons = bad[-1], Counter(sample.reason for sample in bad)
+    what = (
+        f"{shards.name}: {len(bad)} bad samples in a row, the last: {last.shard}, sample "
+        f"{last.key!r}, {last.reason}"
+    )
+    counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    what += f" (in all: {counts})" if len(reasons) > 1 else " as all of them"
+    if reasons.keys() <= _WITHOUT_CAPTION:
+        return f"{what}; {_explain_caption(shards, index, caption_source)}"
+    if reasons.keys() == {"no_image"}:
+        extensions = member_extensions(last.shard, last.key)
+        return f"{what}; it holds {listed(extensions)}. Read are {READ_EXTENSIONS}; rename them"
+    return f"{what}; check that shard, or leave it out"
+
+
+def _explain_caption(shards: ShardSet, index: int, caption_source: str) -> str:
+    """Where a sample may have its caption, when `caption_source` finds none."""
+    try:
+        content = shards.read_json(index) or {}
+    except (ValueError, OversizedMember):
+        content = {}
+    keys = [key for key, value in content.items() if _PLAIN_KEY.fullmatch(key) and _text(value)]
+    likely = [f"json.{k}" for word in _LIKELY for k in keys if word in k.lower()]
+    extensions = member_extensions(shards.shard_of(index), shards.key(index))
+    ways = dict.fromkeys([*likely, *(["txt"] if "txt" in extensions else [])])
+    ways.pop(caption_source, None)
+    what = f"data.caption={caption_source} finds no caption: the sample holds {listed(extensions)}"
+    if content:
+        names = ", ".join(map(shown, list(content)[:10]))
+        what += f", its .json the keys {names}" + ", …" * (len(content) > 10)
+    if ways:
+        return f"{what}; use " + " or ".join(f"data.caption={way}" for way in list(ways)[:3])
+    if keys:
+        return f"{what}; use data.caption=json.KEY with the key that holds the caption"
+    return f"{what}. Read are {READ_EXTENSIONS}; write the shards again with such names"
+
+
+def _text(value: object) -> bool:
+    """Whether a value of a `.json` is a text, or a list with one."""
+    several = value if isinstance(value, list) else [value]
+    return any(is_text(one) and one.strip() for one in several)

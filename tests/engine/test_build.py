@@ -1,0 +1,49 @@
+"""What --dry-run and the start find in the data itself, before anything is trained."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loaders.errors import DataError
+from tests.loaders.conftest import sample, write_tar
+
+CONFIG = str(Path(__file__).parent / "tiny.yaml")
+
+
+def make_plan(folder, texts, *settings):
+    """Plan of a run on nine pairs; `texts(i)` gives the members of sample i beside the image."""
+    from engine import build, config
+
+    members = [m for i in range(9) for m in sample(f"{i}", i, **texts(i))]
+    write_tar(folder / "pairs" / "0.tar", members)
+    settings = [f"data.image_text={folder}/pairs", "train.steps=2", *settings]
+    return build.plan(config.load(CONFIG, settings), world_size=1)
+
+
+def listing(count):
+    """`texts` with a list of `count(i)` captions."""
+    return lambda i: {"json": json.dumps({"captions": ["text"] * count(i)}).encode()}
+
+
+def test_the_plan_says_how_many_captions_an_image_has(tmp_path):
+    cases = (
+        (lambda i: 5, "1 shards, 5 captions an image (first 8 samples), one drawn each time\n"),
+        (lambda i: 2 + i, "1 shards, 2 to 9 captions an image (first 8 samples), one drawn"),
+        (lambda i: i % 2, "pairs: 9 samples in 1 shards\n"),
+    )
+    for number, (count, words) in enumerate(cases):
+        folder = tmp_path / str(number)
+        plan = make_plan(folder, listing(count), "data.caption=json.captions")
+        assert words in plan.describe()
+
+
+@pytest.mark.parametrize("build_part", ["describe_parts", "dataset"])
+def test_what_no_sample_has_is_found_before_the_first_step(tmp_path, build_part):
+    """As --dry-run (`describe_parts`) and the trainer (`dataset`) ask for it."""
+    from engine import build
+
+    plan = make_plan(tmp_path, lambda i: {"json": b'{"caption": "a cat", "url": "u"}'})
+    assert "pairs: 9 samples in 1 shards" in plan.describe()
+    with pytest.raises(DataError, match=r"no_caption as all.*; use data\.caption=json\.caption$"):
+        getattr(build, build_part)(plan)
