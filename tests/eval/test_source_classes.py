@@ -5,6 +5,7 @@ Every class is a plain colour, equal in both splits, so that whoever compares na
 
 import io
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -16,10 +17,14 @@ from eval import finetune, in_training, knn, linear_probe, source_base, source_c
 from loaders import manifest
 from loaders.errors import DataError
 from tests.eval.conftest import write_run
-from tests.eval.test_sources_kinds import write_tar
+from tests.eval.test_sources_kinds import NAMES, PROMPTS, write_tar
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (20, 60, 230)}
-ORDERS = {"train": ["blue", "green", "red"], "test": ["green", "red"], "val": ["red", "blue", "green"]}
+ORDERS = {
+    "train": ["blue", "green", "red"],
+    "test": ["green", "red"],
+    "val": ["red", "blue", "green"],
+}
 EACH = 6  # images of a class
 
 
@@ -130,7 +135,7 @@ def test_few_shots_are_drawn_from_every_trained_class(run, tmp_path):
     options = ["--protocol", "clip", "--shots", "5", "--seeds", "0", "1"]
     found = command(linear_probe.main, run, registry, tmp_path / "out", *options)
     assert {(value, classes) for _, value, _, classes in found} == {(100, 3)}
-    assert "15 train, 12 test" in (tmp_path / "out").glob("*.jsonl").__next__().read_text()
+    assert "15 train, 12 test" in next((tmp_path / "out").glob("*.jsonl")).read_text()
 
 
 def test_fine_tuning_teaches_every_class_its_own_name(run, tmp_path):
@@ -155,6 +160,12 @@ def test_a_test_class_without_training_samples_is_refused_before_training(run, t
         with pytest.raises(DataError, match=r"test: no sample|no sample of the classes"):
             command(main, run, registry, tmp_path / "out")
     assert not (tmp_path / "out/.features").exists()  # found before any image went through it
+
+
+def test_an_area_under_the_curve_needs_two_classes(tmp_path):
+    tasks = {"linear_probe": ["roc_auc"], "zero_shot": ["roc_auc"]}
+    with pytest.raises(DataError, match=r"roc_auc needs two classes, these are 3: \['blue'"):
+        open_splits(write_registry(tmp_path, tasks=tasks))
 
 
 def test_names_are_compared_exactly_and_a_near_one_is_said(tmp_path):
@@ -233,6 +244,24 @@ def test_splits_in_one_torchvision_root_have_features_of_their_own(tmp_path):
     assert classes.names == ["1 - one", "3 - three", "4 - four", "5 - five", "9 - nine"]
     assert classes.targets["test"].tolist() == [0, 1, 2, 2, 3, 4]
     assert splits["train"].content_hash != splits["test"].content_hash
+
+
+def test_with_a_prompt_file_its_classes_are_the_candidates(tmp_path):
+    """Also those without a training sample, in whatever order each split has their names."""
+    labels = {"train": (NAMES[::-1], [0, 0, 3]), "test": (NAMES, [0, 9])}
+    changes = {"prompts": PROMPTS, "templates": "prompts", "classes": 10, "source": "huggingface"}
+    registry = write_registry(tmp_path, "huggingface", **changes)
+    for split, (names, numbers) in labels.items():
+        columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        images = [{"bytes": png("red"), "path": None}] * len(numbers)
+        data = {"image": images, "label": numbers}
+        made = datasets.Dataset.from_dict(data, datasets.Features(columns))
+        shutil.rmtree(tmp_path / split)
+        made.save_to_disk(tmp_path / split)
+    _, classes = open_splits(registry)
+    assert classes.names == NAMES
+    assert classes.targets["train"].tolist() == [9, 9, 6]
+    assert classes.targets["test"].tolist() == [0, 9]
 
 
 def test_prompt_files_are_matched_by_the_same_name_first():
