@@ -23,8 +23,8 @@ SMALLEST_SIDE = 1.0  # pixels; narrower boxes teach nothing and break the target
 
 
 def read_categories(folder: Path) -> list[dict]:
-    """Categories of the manifest in its order. Raises DataError for a set without, and for two
-    categories of one name or one id."""
+    """Categories of the manifest in its order. Raises DataError for a set without, for a category
+    without name or id, and for two of one name or one id."""
     path = folder / manifest.MANIFEST
     if not path.is_file():
         raise DataError(f"{path} does not exist; make the set with data_prep/coco.py")
@@ -34,7 +34,9 @@ def read_categories(folder: Path) -> list[dict]:
             f"{path} has no categories; make the set with data_prep/coco.py --task instances"
         )
     for key in ("name", "id"):
-        times = Counter(entry[key] for entry in categories)
+        times = Counter(entry.get(key) for entry in categories)
+        if None in times:
+            raise DataError(f"{path}: a category has no {key}; make the set again")
         twice = [value for value, count in times.items() if count > 1]
         if twice:
             raise DataError(f"{path}: several categories have the {key} {twice[:5]}; mend them")

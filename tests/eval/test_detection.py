@@ -368,6 +368,8 @@ def test_categories_of_two_sets_meet_by_name(coco, tmp_path):
     assert sorted(data.ground_truth().getCatIds()) == [3, 7]
     with pytest.raises(DataError, match=r"val: the training set has no category \['second'\]"):
         Instances(coco / "val", False, ["first"])
+    with pytest.raises(DataError, match="a category has no name"):
+        Instances(renamed(coco, tmp_path / "nameless", [{"id": 3}]), True)
     twice = [{"id": 3, "name": "first"}, {"id": 7, "name": "first"}]
     with pytest.raises(DataError, match=r"several categories have the name \['first'\]"):
         Instances(renamed(coco, tmp_path / "twice", twice), True)
