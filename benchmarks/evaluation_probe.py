@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import evaluation_zero_shot, harness
-from eval import cli, elevater_metrics, elevater_probe, linear_probe, sources
+from eval import cli, elevater_metrics, elevater_probe, linear_probe, source_classes, sources
 from eval.features import Extractor
 from loaders import views
 from models import weights
@@ -65,14 +65,12 @@ class OverImages:
         """Decode the images of both splits and make the starting head."""
         with tempfile.TemporaryDirectory() as cache:
             extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
-            test = sources.EvalSplit(row, "test", extractor.size)
-            self.head = linear_probe.initial_head(extractor, test, "text")[0]
+            splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+            train, test = splits["train"], splits["test"]
+            self.head = linear_probe.initial_head(extractor, test, classes.names, "text")[0]
         self.tower, self.mean, self.std = extractor.model, extractor.mean, extractor.std
-        ids = test.class_names()[0]
-        train = sources.EvalSplit(row, "train", extractor.size)
-        kept, self.labels = linear_probe.class_indices(train, ids)
-        self.truth = linear_probe.class_indices(test, ids)[1]
-        self.images = torch.stack([train[int(i)] for i in kept])
+        self.labels, self.truth = classes.targets["train"], classes.targets["test"]
+        self.images = torch.stack([train[i] for i in range(len(train))])
         self.test = torch.stack([test[i] for i in range(len(test))])
         self.wanted, self.encoded = row.tasks["linear_probe"], 0
 

@@ -14,6 +14,7 @@ A run that was interrupted continues with the epoch after the last complete one.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 from eval import cli, detection_metrics, detection_model, sources, variants
 from eval.detection_data import Instances, collate
-from loaders.errors import ConfigError, DataError, NonFiniteLoss, run_cli
+from loaders import manifest
+from loaders.errors import ConfigError, NonFiniteLoss, run_cli
 from loaders.specs import as_path
 from models import weights
 from models.config import ModelConfig
@@ -149,17 +151,23 @@ def detect(
 def transfer(
     accelerator: Accelerator, run: weights.LoadedRun, args: argparse.Namespace
 ) -> cli.Outcome | None:
-    """Train a detector on the run's trunk and score it; None off the main process."""
-    training, validation = Instances(args.train, True), Instances(args.val, False)
-    if training.categories != validation.categories:
-        raise DataError(f"{args.train} and {args.val} have different categories")
+    """Train a detector on the run's trunk and score it; None off the main process.
+
+    Categories of the two sets meet by name: one that only the training set has is a class of the
+    detector, one that only the validation set has is refused.
+    """
+    training = Instances(args.train, True)
+    validation = Instances(args.val, False, training.class_names)
     image = ModelConfig.from_dict(run.cfg["model"]).image
     torch.manual_seed(SEED)
     model = detection_model.build(
-        run.model.image, image.name, len(training.categories), image.mean, image.std,
+        run.model.image, image.name, len(training.class_names), image.mean, image.std,
         args.image_size,
     )  # fmt: skip
-    name = f"{run.checkpoint_hash[:16]}_{args.epochs}_{args.batch_size}_{args.image_size}.pt"
+    # A head trained on other images, or on classes in another order, is not continued.
+    data = hashlib.sha256((args.train / manifest.MANIFEST).read_bytes()).hexdigest()
+    name = f"{run.checkpoint_hash[:16]}_{data[:16]}"
+    name += f"_{args.epochs}_{args.batch_size}_{args.image_size}.pt"
     words = train(accelerator, model, training, args, args.output / ".detection" / name)
     found = detect(accelerator, model, validation, args.workers)
     if found is None:
@@ -172,7 +180,7 @@ def transfer(
         f"side {args.image_size}, flips; mmdetection's 1x recipe, the paper's is not published; "
         f"AP over IoU 0.50:0.95 on {len(validation)} images"
     )
-    return cli.Outcome(results, len(training.categories), protocol, None)
+    return cli.Outcome(results, len(training.class_names), protocol, None)
 
 
 def options_parser() -> argparse.ArgumentParser:

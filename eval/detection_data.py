@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ SMALLEST_SIDE = 1.0  # pixels; narrower boxes teach nothing and break the target
 
 
 def read_categories(folder: Path) -> list[dict]:
-    """Categories of the manifest in its order; the model's class k is number k - 1 here."""
+    """Categories of the manifest in its order. Raises DataError for a set without, for a category
+    without name or id, and for two of one name or one id."""
     path = folder / manifest.MANIFEST
     if not path.is_file():
         raise DataError(f"{path} does not exist; make the set with data_prep/coco.py")
@@ -30,20 +33,43 @@ def read_categories(folder: Path) -> list[dict]:
         raise DataError(
             f"{path} has no categories; make the set with data_prep/coco.py --task instances"
         )
+    for key in ("name", "id"):
+        times = Counter(entry.get(key) for entry in categories)
+        if None in times:
+            raise DataError(f"{path}: a category has no {key}; make the set again")
+        twice = [value for value, count in times.items() if count > 1]
+        if twice:
+            raise DataError(f"{path}: several categories have the {key} {twice[:5]}; mend them")
     return categories
 
 
 class Instances(Dataset):
-    """Images in 0-1 with their targets, as torchvision's detectors want them."""
+    """Images in 0-1 with their targets, as torchvision's detectors want them.
 
-    def __init__(self, folder: Path, training: bool) -> None:
+    Attributes:
+        class_names: names of the model's classes; its class k is number k - 1 here.
+        categories: the category of this set for each of them, None for a name it does not have.
+    """
+
+    def __init__(
+        self, folder: Path, training: bool, class_names: Sequence[str] | None = None
+    ) -> None:
         """Open the set and read all annotations.
 
         `training` flips half of the images, leaves crowds out, and drops images without a box.
+        `class_names`: those of the set that a model is trained on; default: the set's own. Raises
+        DataError for a category that is none of them, which that model could never find.
         """
         self.folder, self.training = folder, training
-        self.categories = read_categories(folder)
-        self.class_of = {entry["id"]: k for k, entry in enumerate(self.categories, start=1)}
+        self._own = read_categories(folder)
+        by_name = {entry["name"]: entry for entry in self._own}
+        self.class_names = list(by_name if class_names is None else class_names)
+        untrained = [name for name in by_name if name not in set(self.class_names)]
+        if untrained:
+            raise DataError(f"{folder}: the training set has no category {untrained[:5]}")
+        self.categories = [by_name.get(name) for name in self.class_names]
+        number = {name: k for k, name in enumerate(self.class_names, start=1)}
+        self.class_of = {entry["id"]: number[entry["name"]] for entry in self._own}
         self.shards = manifest.open_shards(folder)
         about = tqdm(range(len(self.shards)), desc=f"{folder.name} annotations", unit="img")
         self.records = [self._record(i) for i in about]
@@ -123,7 +149,7 @@ class Instances(Dataset):
 
     def ground_truth(self) -> COCO:
         """All annotations, crowds included, as pycocotools wants them."""
-        dataset: dict[str, list] = {"images": [], "annotations": [], "categories": self.categories}
+        dataset: dict[str, list] = {"images": [], "annotations": [], "categories": self._own}
         for record in self.records:
             about = {key: record[key] for key in ("width", "height", "file_name")}
             dataset["images"].append({"id": record["image_id"], **about})

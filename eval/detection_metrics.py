@@ -14,8 +14,11 @@ MASK_THRESHOLD = 0.5
 KINDS = {"box_map": "bbox", "mask_map": "segm"}
 
 
-def detections(image_id: int, output: dict[str, Tensor], categories: Sequence[dict]) -> list[dict]:
-    """COCO result entries of one image.
+def detections(
+    image_id: int, output: dict[str, Tensor], categories: Sequence[dict | None]
+) -> list[dict]:
+    """COCO result entries of one image; `categories` are those of the model's classes, None for a
+    class that the set does not have: it has no precision that such a detection could lower.
 
     `output` is a torchvision detector's: boxes (m, 4) as corners in pixels of the original image,
     labels (m,) from 1, scores (m,), masks (m, 1, H, W) as probabilities.
@@ -26,11 +29,14 @@ def detections(image_id: int, output: dict[str, Tensor], categories: Sequence[di
     for (left, top, right, bottom), label, score, mask in zip(
         boxes, labels, scores, masks, strict=True
     ):
+        category = categories[label - 1]
+        if category is None:
+            continue
         runs = mask_tools.encode(np.asfortranarray(mask))
         found.append(
             {
                 "image_id": image_id,
-                "category_id": categories[label - 1]["id"],
+                "category_id": category["id"],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": score,
                 "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},

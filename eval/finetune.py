@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval import cli, elevater_metrics, features, sources, variants
+from eval import cli, elevater_metrics, features, source_classes, sources, variants
 from eval.features import Extractor
-from eval.linear_probe import class_indices, initial_head
+from eval.linear_probe import initial_head
 from loaders import views
-from loaders.errors import ConfigError, DataError, NonFiniteLoss, run_cli
+from loaders.errors import ConfigError, NonFiniteLoss, run_cli
 from models.two_tower import TwoTower
 
 BATCH = 64
@@ -64,14 +64,9 @@ class Classifier(nn.Module):
 class TrainingViews(Dataset):
     """Random views of a split; an index is (epoch, sample), and decides the view with the seed."""
 
-    def __init__(self, split: sources.EvalSplit, ids: np.ndarray, seed: int) -> None:
-        """Samples of `split` whose class is among `ids` (K,), the candidates."""
-        self.split, self.seed = split, seed
-        self.kept, self.targets = class_indices(split, ids)
-        if not len(self.kept):
-            raise DataError(
-                f"{split.row.name}: no training sample of the classes of the test split"
-            )
+    def __init__(self, split: sources.EvalSplit, targets: np.ndarray, seed: int) -> None:
+        """`targets` of `split` as `source_classes.meet` gives them: (n,), or (n, K) of 0 and 1."""
+        self.split, self.targets, self.seed = split, targets, seed
         # Sizes only: the statistics belong to the recipe that erases, which this is not.
         self.view = views.build_train("paper", split.crop, (0.0,) * 3, (1.0,) * 3)
 
@@ -79,7 +74,7 @@ class TrainingViews(Dataset):
         epoch, i = index
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, epoch, i)))
-            view = self.view(self.split.image(int(self.kept[i])))
+            view = self.view(self.split.image(i))
         return view, torch.as_tensor(self.targets[i])
 
 
@@ -148,17 +143,19 @@ def train(
 def evaluate(
     extractor: Extractor, row: sources.EvalDataset, args: argparse.Namespace
 ) -> Iterator[tuple[str, cli.Outcome]]:
-    """Fine-tune on the training split, score the last epoch on the test split."""
+    """Fine-tune on the training split, score the last epoch on the test split.
+
+    The head has one output for each class of `source_classes.meet`: all that were trained.
+    """
     accelerator = extractor.accelerator
-    training, test = (sources.EvalSplit(row, name, extractor.size) for name in ("train", "test"))
-    ids, names = test.class_names()
-    truth = class_indices(test, ids)[1]
-    head, digest = initial_head(extractor, test, args.head_init)
+    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    names, truth, test = classes.names, classes.targets["test"], splits["test"]
+    head, digest = initial_head(extractor, test, names, args.head_init)
     if head is None:  # every process starts from the same weights: DDP sends the main one's
         head = torch.zeros(len(names), extractor.model.embed_dim)
     model = Classifier(extractor.model, head)
     normalize = partial(views.normalize, mean=extractor.mean, std=extractor.std)
-    data = TrainingViews(training, ids, args.seed)
+    data = TrainingViews(splits["train"], classes.targets["train"], args.seed)
     train(accelerator, model, data, normalize, args, extractor.workers)
     model.eval()
 
@@ -178,8 +175,8 @@ def evaluate(
     }
     protocol = (
         f"whole image tower, head from {args.head_init}, AdamW {args.lr:g}, decay {WEIGHT_DECAY}, "
-        f"cosine, {args.epochs} epochs of {len(data.kept)}, {BATCH} a step, random-resized crop, "
-        f"flip, seed {args.seed}, last epoch: {len(test)} test"
+        f"cosine, {args.epochs} epochs of {len(data.targets)}, {BATCH} a step, random-resized "
+        f"crop, flip, seed {args.seed}, last epoch: {len(test)} test"
     )
     yield "finetune", cli.Outcome(measured, len(names), protocol, digest)
 

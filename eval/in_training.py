@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval import cli, knn, retrieval, rows, sources, zero_shot
+from eval import cli, knn, retrieval, rows, source_classes, sources, zero_shot
 from eval.features import Extractor
 from loaders.errors import ConfigError
 from models import weights
@@ -26,7 +26,8 @@ def select(
     """(task, data set) pairs that `evals:` of a configuration asks for, before any GPU time.
 
     Raises:
-        ConfigError: unknown task or data set. DataError: a set that is named is not on disk.
+        ConfigError: unknown task or data set. DataError: a set that is named is not on disk, or
+            its samples or classes are not what the task needs.
     """
     known = sources.Registry(registry, None)
     chosen = []
@@ -35,8 +36,20 @@ def select(
             raise ConfigError(f"evals.{task}: one of {', '.join(TASKS)}")
         for row in known.select(list(names), task, None):
             if sources.present(row, task, row.name in names):
+                _open(task, row)
                 chosen.append((task, row))
     return chosen
+
+
+def _open(task: str, row: sources.EvalDataset) -> None:
+    """Open what `task` reads of `row`: what is wrong with its classes must not wait for the first
+    checkpoint. No image is decoded, so the crop does not matter."""
+    if task == "knn":
+        source_classes.open_splits(row, ("train",), crop=1)
+        return
+    split = sources.EvalSplit(row, "test", crop=1)
+    if task == "zero_shot":
+        split.class_names()
 
 
 def evaluate(

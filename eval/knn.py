@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval import cli, metrics, sources
+from eval import cli, metrics, source_classes, sources
 from eval.features import Extractor
 from eval.metrics_scores import check_finite
 from loaders.errors import DataError, run_cli
@@ -53,25 +53,23 @@ def vote_ranks(ballot: np.ndarray, true: np.ndarray) -> np.ndarray:
 def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
     """Top-1, top-5 and mean per-class recall of the vote, on the embeddings that the loss compares.
 
-    A test image whose class has no training image counts as an error.
+    Classes of the two splits are those of `source_classes.meet`; a test image whose class has no
+    training image counts as an error.
     """
-    train = sources.EvalSplit(row, "train", extractor.size)
-    test = sources.EvalSplit(row, "test", extractor.size)
+    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    if classes.multilabel:
+        raise DataError(f"{row.name}: one label per image is needed")
+    train, test = splits["train"], splits["test"]
     reference, queries = extractor.images(train), extractor.images(test)
     if reference is None:
         return None
-    if (train.labels < 0).any() or (test.labels < 0).any():
-        raise DataError(f"{row.name}: one label per image is needed")
     for features in (reference, queries):
         check_finite(features["feature"].numpy(), row.name)
-    ids = np.union1d(train.labels, test.labels)
-    true = np.searchsorted(ids, test.labels)
-    ballot = votes(
-        reference["feature"], np.searchsorted(ids, train.labels), queries["feature"], len(ids)
-    )
+    labels, true, candidates = classes.targets["train"], classes.targets["test"], len(classes.names)
+    ballot = votes(reference["feature"], labels, queries["feature"], candidates)
     return cli.Outcome(
         metrics.classification_metrics(vote_ranks(ballot, true), true),
-        classes=len(test.class_names()[0]),
+        classes=candidates,
         protocol=(
             f"{NEIGHBOURS} nearest neighbours by cosine of the image embedding, votes weighted by "
             f"exp(cosine / {TEMPERATURE}) as in DINO, ties count as errors: {len(train)} train, "

@@ -30,7 +30,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, rows, sources, variants
+from eval import (
+    cli,
+    elevater_probe,
+    few_shot,
+    metrics,
+    metrics_scores,
+    rows,
+    source_classes,
+    sources,
+    variants,
+)
 from eval.features import Extractor, Features
 from loaders.errors import ConfigError, DataError, run_cli
 
@@ -102,18 +112,16 @@ def search_c(
     return float(C_GRID[best])
 
 
-def read(
-    extractor: Extractor, row: sources.EvalDataset, names: Sequence[str]
-) -> tuple[dict[str, sources.EvalSplit], dict[str, Features]] | None:
-    """Splits by name and their finite image features; None off the main process."""
-    splits = {name: sources.EvalSplit(row, name, extractor.size) for name in names}
+def read(extractor: Extractor, splits: dict[str, sources.EvalSplit]) -> dict[str, Features] | None:
+    """Finite image features of every split; None off the main process."""
     features = {name: extractor.images(split) for name, split in splits.items()}
     if features["test"] is None:
         return None
-    for found in features.values():
+    for name, found in features.items():
         if not all(value.isfinite().all() for value in found.values()):
+            row = splits[name].row
             raise DataError(f"{row.name}: image features are not finite, the run has diverged")
-    return splits, features
+    return features
 
 
 def regress(
@@ -140,31 +148,34 @@ def regress(
     return {name: found[name] for name in wanted}, c
 
 
-def one_label(split: sources.EvalSplit) -> np.ndarray:
-    """Labels (n,); DataError for several labels per image, which a regression cannot take."""
-    if split.targets is not None:
-        raise DataError(f"{split.row.name}: several labels per image; use --protocol elevater")
-    return split.labels
+def open_labelled(
+    row: sources.EvalDataset, fitted: Sequence[str], crop: int
+) -> tuple[dict[str, sources.EvalSplit], source_classes.CommonClasses]:
+    """`source_classes.open_splits`; DataError for several labels per image, which a regression
+    cannot take."""
+    splits, classes = source_classes.open_splits(row, fitted, crop)
+    if classes.multilabel:
+        raise DataError(f"{row.name}: several labels per image; use --protocol elevater")
+    return splits, classes
 
 
 def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
     """Top-1 and mean per-class recall of a logistic regression on standardised `pooled` image
-    features."""
-    found = read(extractor, row, ("train", "test"))
-    if found is None:
+    features, among the classes of `source_classes.meet`."""
+    splits, classes = open_labelled(row, ("train",), extractor.size)
+    features = read(extractor, splits)
+    if features is None:
         return None
-    splits, features = found
     x, x_test = (features[name]["pooled"].double().numpy() for name in ("train", "test"))
-    train, test = splits["train"], splits["test"]
-    y, y_test = one_label(train), one_label(test)
+    y, y_test = classes.targets["train"], classes.targets["test"]
     results, c = regress(x, y, x_test, y_test, row.tasks["linear_probe"], standardise=True)
     return cli.Outcome(
         results,
-        classes=len(test.class_names()[1]),
+        classes=len(classes.names),
         protocol=(
             "logistic regression (L-BFGS) on the image features before projection, standardised "
             f"by the training part; C = {c:.3g} from a seeded 20 % of the training part, then "
-            f"refitted on all of it: {len(train)} train, {len(test)} test"
+            f"refitted on all of it: {len(y)} train, {len(y_test)} test"
         ),
         digest=None,
     )
@@ -201,18 +212,17 @@ def evaluate_regression(
     """CLIP's protocol, or the standardised one with few shots."""
     has_validation = "val" in row.splits and options.protocol == "clip" and not options.shots
     fitted = ("train", "val") if has_validation else ("train",)
-    found = read(extractor, row, (*fitted, "test"))
-    if found is None:
+    splits, classes = open_labelled(row, fitted, extractor.size)
+    features = read(extractor, splits)
+    if features is None:
         return
-    splits, features = found
     x = np.concatenate([features[name]["pooled"].double().numpy() for name in fitted])
-    y = np.concatenate([one_label(splits[name]) for name in fitted])
+    y = np.concatenate([classes.targets[name] for name in fitted])
     held_out = np.arange(len(y)) >= len(splits["train"]) if has_validation else None
-    x_test, y_test = features["test"]["pooled"].double().numpy(), one_label(splits["test"])
+    x_test, y_test = features["test"]["pooled"].double().numpy(), classes.targets["test"]
     standardise = options.protocol == "standardised"
-    classes, targets = np.unique(y, return_inverse=True)
-    names, wanted = splits["test"].class_names()[1], row.tasks["linear_probe"]
-    for shots, chosen in subsets(targets, len(classes), options):
+    candidates, wanted = len(classes.names), row.tasks["linear_probe"]
+    for shots, chosen in subsets(y, candidates, options):
         pairs = [regress(x[i], y[i], x_test, y_test, wanted, standardise, held_out) for i in chosen]
         chosen_c = ", ".join(f"{c:.3g}" for _, c in pairs)
         where = "the validation split" if has_validation else "a seeded 20 % of the training part"
@@ -225,29 +235,17 @@ def evaluate_regression(
         )
         results = [result for result, _ in pairs]
         task, protocol, results = label(TASKS[options.protocol], protocol, shots, results, options)
-        yield task, cli.Outcome(results, len(names), protocol, None)
-
-
-def class_indices(split: sources.EvalSplit, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (m,) whose class is among `ids` (K,), and the positions of their labels (m,) in it,
-    or the 0/1 matrix (m, K) of several labels.
-
-    In a training split samples of other classes can be left out so: they are no candidates.
-    """
-    if split.targets is not None:
-        return np.arange(len(split)), split.targets[:, ids].astype(np.float32)
-    kept = np.flatnonzero(np.isin(split.labels, ids))
-    return kept, np.searchsorted(ids, split.labels[kept])
+        yield task, cli.Outcome(results, candidates, protocol, None)
 
 
 def initial_head(
-    extractor: Extractor, test: sources.EvalSplit, start: str
+    extractor: Extractor, test: sources.EvalSplit, names: list[str], start: str
 ) -> tuple[torch.Tensor | None, str | None]:
-    """Weights (K, D) to start from, `text` or `random`, and the digest of the prompts.
+    """Weights (K, D) to start from for the K classes `names`, `text` (with the templates of `test`)
+    or `random`, and the digest of the prompts.
 
     Every process must call it; the text features are the main process's.
     """
-    names = test.class_names()[1]
     if start == "text":
         class_texts, templates = test.row.class_texts(names), test.templates()
         digest = rows.prompt_digest(class_texts, templates)
@@ -260,21 +258,21 @@ def initial_head(
 def evaluate_elevater(
     extractor: Extractor, row: sources.EvalDataset, options: argparse.Namespace
 ) -> Iterator[tuple[str, cli.Outcome]]:
-    """ELEVATER's protocol; the first metric of the registry's row guides the search."""
-    split = sources.EvalSplit(row, "test", extractor.size)
-    ids, names = split.class_names()
-    head, digest = initial_head(extractor, split, options.head_init)
-    found = read(extractor, row, ("train", "test"))
-    if found is None:
+    """ELEVATER's protocol; the first metric of the registry's row guides the search.
+
+    The head has one output for each class of `source_classes.meet`: all that were trained.
+    """
+    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    names, y, truth = classes.names, classes.targets["train"], classes.targets["test"]
+    head, digest = initial_head(extractor, splits["test"], names, options.head_init)
+    features = read(extractor, splits)
+    if features is None:
         return
-    splits, features = found
     device = extractor.accelerator.device
     x, x_test = (features[name]["feature"].to(device) for name in ("train", "test"))
-    kept, y = class_indices(splits["train"], ids)
-    x, truth = x[kept], class_indices(splits["test"], ids)[1]
     wanted = row.tasks["linear_probe"]
     head = head.to(device)
-    for shots, chosen in subsets(y, len(ids), options):
+    for shots, chosen in subsets(y, len(names), options):
         results, pairs = [], []
         for indices in chosen:
             part, labels = x[indices], y[indices]
@@ -282,7 +280,7 @@ def evaluate_elevater(
             searched = slice(None)
             if limit and np.bincount(labels).max() > limit:  # two classes, one label an image
                 # As the toolkit: a few-shot subset, with the seed of its configuration, 0.
-                searched = few_shot.subset(labels, len(ids), limit, seed=0)
+                searched = few_shot.subset(labels, len(names), limit, seed=0)
             pairs.append(search_on(part[searched], labels[searched], head, wanted[0]))
             targets = torch.from_numpy(labels).to(device)
             results.append(

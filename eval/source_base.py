@@ -108,7 +108,8 @@ def read_table(file: str, candidates: Sequence[int] | None = None) -> ClassTable
 def class_ids(source: Source, table: ClassTable, integer_labels: bool = False) -> np.ndarray:
     """Class id in `table` of every label of `source`, (number of its names,) int64.
 
-    Classes are matched by synset or by name (case, spaces and punctuation aside), one to one.
+    Classes are matched by synset or by name, one to one: the same name first, then the one class
+    that has it but for case, spaces and punctuation.
     `integer_labels`: names that are all numbers are class ids. Raises DataError for a source
     without names, a name that fits no class or two, a candidate class without a name, and ids
     that differ from the prompt file's where the source states ids.
@@ -151,7 +152,9 @@ def _ids(given: list[str], table: ClassTable, integer_labels: bool) -> list[int 
         return [synset.get(name) for name in given]
     if integer_labels and all(name.isdecimal() for name in given):
         return [int(name) if int(name) < len(plain) else None for name in given]
-    return [
-        plain.index(normalise(name)) if plain.count(normalise(name)) == 1 else None
-        for name in given
-    ]
+    return [_only(name, table.names, _only(normalise(name), plain)) for name in given]
+
+
+def _only(name: str, names: list[str], otherwise: int | None = None) -> int | None:
+    """Position of `name` in `names` if it stands there once, else `otherwise`."""
+    return names.index(name) if names.count(name) == 1 else otherwise

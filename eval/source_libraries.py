@@ -1,5 +1,7 @@
 """Data sets of torchvision and of Hugging Face `datasets` on local disk; nothing is downloaded."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ class TorchvisionSource(Source):
         """`arguments` go to the class, such as {"train": False}. Raises DataError if the files
         are not complete under `root`, ConfigError for a class that cannot serve."""
         self.what, self._root = f"torchvision.datasets.{name} in {root}", root
+        self._chosen = [name, arguments]
         make = getattr(torchvision.datasets, name, None)
         if make is None:
             raise ConfigError(f"torchvision has no data set {name}")
@@ -41,7 +44,9 @@ class TorchvisionSource(Source):
 
     @property
     def content_hash(self) -> str:
-        return files_hash(self._root)
+        # Both splits lie in one root: the arguments tell which images these are.
+        facts = [files_hash(self._root), *self._chosen]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def image(self, i: int) -> Image.Image:
         try:

@@ -27,7 +27,7 @@ class ShardSource(Source):
         self.shards = manifest.open_shards(str(folder))
         self.labels = np.asarray(self.shards.labels)
         if self.shards.classes:
-            self.names = [entry.names[0] for entry in self.shards.classes]
+            self.names = [entry.names[0].strip() for entry in self.shards.classes]
         if multilabel:
             self.targets = self._targets()
 
@@ -77,7 +77,8 @@ class ShardSource(Source):
 
 class WebdatasetSource(ShardSource):
     """Tars `ROOT/SPLIT/*.tar` with `ROOT/classnames.txt`, `zeroshot_classification_templates.txt`
-    and `dataset_type.txt`: the layout of CLIP_benchmark 1.6.2, datasets/builder.py."""
+    and `dataset_type.txt`: the layout of CLIP_benchmark 1.6.2, datasets/builder.py. A
+    `classnames.txt` beside the tars is that of the split, as `manifest.open_shards` has it."""
 
     states_ids = False
 
@@ -90,7 +91,6 @@ class WebdatasetSource(ShardSource):
             )
         super().__init__(folder)
         self._root = folder
-        self.names = _lines(folder.parent / "classnames.txt")
         templates = _lines(folder.parent / "zeroshot_classification_templates.txt")
         if templates:
             self.templates = [template.replace("{c}", "{}") for template in templates]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pkgutil
+from collections import Counter
 
 import numpy as np
 import torch
@@ -67,8 +68,10 @@ class EvalSplit(Dataset):
     """Images of one split, each uint8 (3, crop, crop), with their labels and texts.
 
     Attributes:
-        labels: (n,) class ids, those of the prompt file where the row has one; -1 = none.
-        targets: (n, K) bool, K classes of the prompt file, for several labels per image; or None.
+        labels: (n,) class ids, those of the prompt file where the row has one; -1 = none. Without
+            a prompt file they are positions in the list of this very source: labels of two splits
+            are compared through `source_classes.meet`.
+        targets: (n, K) bool over the same ids, for several labels per image; or None.
     """
 
     def __init__(self, row: EvalDataset, split: str, crop: int):
@@ -85,8 +88,11 @@ class EvalSplit(Dataset):
             subset = subset_ids(row.subset) if row.subset else None
             self._table = source_base.read_table(row.prompts, subset)
             labels = self._to_prompt_ids(labels)
-        self.indices = np.flatnonzero(labels >= 0) if row.labelled_only else np.arange(len(labels))
+        labelled = labels >= 0 if self.targets is None else self.targets.any(axis=1)
+        self.indices = np.flatnonzero(labelled) if row.labelled_only else np.arange(len(labels))
         self.labels = labels[self.indices]
+        if self.targets is not None:
+            self.targets = self.targets[self.indices]
         self.resize = crop if row.squash else round(crop * row.resize_ratio)
         # What decides the pixels beside crop and statistics, for the feature cache.
         self.mode = "bicubic squashed" if row.squash else "bicubic"
@@ -155,23 +161,44 @@ class EvalSplit(Dataset):
         return f"{self.row.name}: {self.source.where(int(self.indices[i]))}"
 
     def class_names(self) -> tuple[np.ndarray, list[str]]:
-        """Ids (K,), ascending, and names of the candidate classes: those of the prompt file, or
-        without one those that occur.
+        """`occurring_classes`, which are the candidates of zero-shot.
 
-        Raises DataError when K is not the registry's or a label has no name.
+        Raises DataError also when K is not the registry's.
         """
-        table = self._table
-        ids = np.unique(self.labels) if table is None else table.candidates
+        ids, names = self.occurring_classes()
         if self.row.classes is not None and len(ids) != self.row.classes:
             raise DataError(
                 f"{self.row.name}, split {self.split}: {len(ids)} classes occur, the registry "
                 f"(eval/datasets.yaml) expects {self.row.classes}"
             )
-        names = (self.source.names or []) if table is None else table.names
+        return ids, names
+
+    def occurring_classes(self) -> tuple[np.ndarray, list[str]]:
+        """Ids (K,), ascending, and names of the classes: those of the prompt file, or without one
+        those that occur in this split.
+
+        Raises DataError where a class of the source has no name, or shares it with another one.
+        """
+        table = self._table
+        if table is not None:  # its ids tell apart the two names that ImageNet has twice
+            return table.candidates, [table.names[int(i)] for i in table.candidates]
+        several = self.targets is not None
+        ids = np.flatnonzero(self.targets.any(axis=0)) if several else np.unique(self.labels)
+        names = self.source.names or []
         missing = [int(i) for i in ids if not 0 <= i < len(names)]
         if missing:
-            raise DataError(f"{self.row.name}: no class names for the ids {missing} in the source")
-        return ids, [names[int(i)] for i in ids]
+            raise DataError(
+                f"{self.row.name}: no class names for the ids {missing} in the source "
+                f"{self.source.what}, and numbers alone name no class"
+            )
+        found, times = [names[int(i)] for i in ids], Counter(names)
+        twice = [name for name in dict.fromkeys(found) if times[name] > 1]
+        if twice:
+            raise DataError(
+                f"{self.row.name}: {self.source.what} has several classes named {twice[:5]}; "
+                "name them apart, or give the row a prompt file"
+            )
+        return ids, found
 
     def templates(self) -> list[str]:
         """Templates of the row: a preset, a list, `prompts` (the prompt file's) or `source` (the

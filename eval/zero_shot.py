@@ -81,6 +81,8 @@ def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | No
             targets = split.targets[:, ids]
             measured["map_11_point"] = metrics_scores.mean_average_precision_11(scores, targets)
         if "roc_auc" in wanted:
+            if len(names) != 2:
+                raise DataError(f"{row.name}: roc_auc needs two classes, these are {names[:5]}")
             positive = split.labels == ids[1]
             measured["roc_auc"] = metrics_scores.area_under_roc(scores[:, 1], positive)
     if not set(wanted) <= set(measured):

@@ -21,6 +21,7 @@ from eval import detection, detection_metrics, detection_model, sources
 from eval.detection_data import Instances
 from loaders import manifest
 from loaders.errors import ConfigError, DataError
+from models import weights
 from models.config import ModelConfig
 from tests.data_prep.test_coco import run as run_coco_script
 
@@ -339,3 +340,51 @@ def test_bad_sets_are_named(coco, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest_file))
     with pytest.raises(DataError, match=r"categories \[7\] are not in manifest"):
         Instances(other, training=False)
+
+
+def renamed(coco, folder, categories):
+    """The set `val` with other categories in its manifest."""
+    folder.mkdir()
+    (folder / "shards").symlink_to(coco / "val" / "shards")
+    content = json.loads((coco / "val" / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(content | {"categories": categories}))
+    return folder
+
+
+def test_categories_of_two_sets_meet_by_name(coco, tmp_path):
+    trained = ["zebra", "first", "second"]
+    other = [{"id": 3, "name": "second"}, {"id": 7, "name": "first"}]
+    data = Instances(renamed(coco, tmp_path / "val", other), False, trained)
+    assert data.class_of == {3: 3, 7: 2}
+    assert {int(k) for k in data[0][1]["labels"]} <= {2, 3}
+    mask = np.ones((1, 4, 4), dtype=np.uint8)
+    boxes, scores = [{"bbox": [0.0, 0, 4, 4]}] * 3, [0.9, 0.8, 0.7]
+    output = as_output(boxes, [1, 2, 3], list(mask.repeat(3, axis=0)), scores)
+    found = detection_metrics.detections(10, output, data.categories)
+    assert [(entry["category_id"], entry["score"] > 0.75) for entry in found] == [
+        (7, True),
+        (3, False),
+    ]
+    assert sorted(data.ground_truth().getCatIds()) == [3, 7]
+    with pytest.raises(DataError, match=r"val: the training set has no category \['second'\]"):
+        Instances(coco / "val", False, ["first"])
+    with pytest.raises(DataError, match="a category has no name"):
+        Instances(renamed(coco, tmp_path / "nameless", [{"id": 3}]), True)
+    twice = [{"id": 3, "name": "first"}, {"id": 7, "name": "first"}]
+    with pytest.raises(DataError, match=r"several categories have the name \['first'\]"):
+        Instances(renamed(coco, tmp_path / "twice", twice), True)
+
+
+def test_a_detector_of_other_classes_is_not_continued(coco, tmp_path, monkeypatch):
+    states, counts = [], []
+    monkeypatch.setattr(detection_model, "build", lambda *a: counts.append(a[2]))
+    monkeypatch.setattr(detection, "train", lambda *a: states.append(a[-1]))
+    monkeypatch.setattr(detection, "detect", lambda *a: None)
+    run = weights.load(write_run(tmp_path / "swin", "swin"))
+    more = [*CATEGORIES[::-1], {"id": 9, "name": "third"}]
+    for training in (coco / "val", renamed(coco, tmp_path / "val", more)):
+        words = ["--checkpoint", "-", "--train", training, "--val", coco / "val", "--output", "-"]
+        args = detection.options_parser().parse_args(list(map(str, words)))
+        assert detection.transfer(None, run, args) is None
+    assert counts == [2, 3]
+    assert states[0] != states[1]

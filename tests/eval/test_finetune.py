@@ -67,7 +67,8 @@ def test_text_head_starts_as_the_zero_shot_classifier(emoji):
     extractor = Extractor(accelerator, run, emoji.parent / "cache", 64, 0)
     row = sources.Registry(emoji).datasets["emoji"]
     test = sources.EvalSplit(row, "test", extractor.size)
-    head, digest = linear_probe.initial_head(extractor, test, "text")
+    names = test.class_names()[1]
+    head, digest = linear_probe.initial_head(extractor, test, names, "text")
     model = finetune.Classifier(run.model, head).eval()
 
     def logits(images):

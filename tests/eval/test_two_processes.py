@@ -8,7 +8,16 @@ import pytest
 import torch
 import yaml
 
-from eval import cli, detection, detection_model, finetune, knn, linear_probe, sources
+from eval import (
+    cli,
+    detection,
+    detection_model,
+    finetune,
+    knn,
+    linear_probe,
+    source_classes,
+    sources,
+)
 from eval.detection_data import Instances
 from eval.features import Extractor
 from loaders import views
@@ -50,11 +59,11 @@ def fine_tune(rank, world_size, registry):
     run = weights.load(registry.parent / "runs/tiny")
     accelerator = cli.make_accelerator()
     extractor = Extractor(accelerator, run, registry.parent / "cache", 64, 0)
-    split = sources.EvalSplit(sources.Registry(registry).datasets["emoji"], "train", extractor.size)
-    data = finetune.TrainingViews(split, split.class_names()[0], seed=0)
-    data.kept, data.targets = data.kept[:128], data.targets[:128]
+    row = sources.Registry(registry).datasets["emoji"]
+    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    data = finetune.TrainingViews(splits["train"], classes.targets["train"][:128], seed=0)
     torch.manual_seed(0)
-    head = torch.randn(len(split.class_names()[0]), run.model.embed_dim) * 0.02
+    head = torch.randn(len(classes.names), run.model.embed_dim) * 0.02
     model = finetune.Classifier(run.model, head)
     normalize = partial(views.normalize, mean=extractor.mean, std=extractor.std)
     options = ["--epochs", "2", "--lr", "1e-3"]
