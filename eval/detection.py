@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from eval import cli, detection_metrics, detection_model, sources, variants
 from eval.detection_data import Instances, collate
-from loaders.errors import ConfigError, DataError, NonFiniteLoss, run_cli
+from loaders.errors import CommandParser, ConfigError, DataError, NonFiniteLoss, run_cli
 from models import weights
 from models.config import ModelConfig
 
@@ -172,7 +172,7 @@ def transfer(
 
 def options_parser() -> argparse.ArgumentParser:
     """Arguments of this command."""
-    parser = argparse.ArgumentParser(prog="python -m eval.detection", description=__doc__)
+    parser = CommandParser(prog="python -m eval.detection", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN")
     parser.add_argument("--train", type=Path, required=True, help="set of data_prep/coco.py")

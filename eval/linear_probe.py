@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 
 from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, rows, sources, variants
 from eval.features import Extractor, Features
-from loaders.errors import ConfigError, DataError, run_cli
+from loaders.errors import CommandParser, ConfigError, DataError, run_cli
 
 # Inverse regularisation strengths: 97 points, 8 per decade, as wide as the CLIP paper's search.
 C_GRID = np.logspace(-6, 6, 97)
@@ -306,7 +306,7 @@ def search_on(
 
 def options_parser() -> argparse.ArgumentParser:
     """Arguments beside those of every evaluation."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--protocol", choices=TASKS, default="standardised")
     parser.add_argument("--shots", type=int, nargs="+", help="training samples a class")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the subsets (default: 0 1 2)")

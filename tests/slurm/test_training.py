@@ -190,10 +190,13 @@ def test_a_lost_node_requeues_and_scancel_does_not(cluster, whole, tmp_path):
 
 
 def test_the_check_shows_the_ranks_and_their_nodes(cluster, tmp_path):
-    """`python -m engine.dist --check` as docs/cluster.md gives it."""
+    """`python -m engine.dist_check` as docs/cluster.md gives it."""
     output = tmp_path / "check.out"
     job = cluster.submit(
-        *TWO_NODES, f"--output={output}", "--wrap", f"srun {sys.executable} -m engine.dist --check"
+        *TWO_NODES,
+        f"--output={output}",
+        "--wrap",
+        f"srun --kill-on-bad-exit=1 {sys.executable} -m engine.dist_check",
     )
     assert cluster.finished(job) == {"COMPLETED"}, output.read_text()
     lines = output.read_text().splitlines()
