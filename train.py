@@ -13,12 +13,12 @@ import os
 import sys
 from pathlib import Path
 
-from loaders.errors import run_cli
+from loaders.errors import CommandParser, run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line of this file."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
@@ -50,9 +50,9 @@ def main() -> None:
     # The imports below and the start take up to minutes, and preemption does not wait for them.
     stop = None if arguments.dry_run else StopRequest()
 
-    from engine import build, dist
+    from engine import build, dist, launch
 
-    dist.map_environment(os.environ)
+    launch.map_environment(os.environ)
     evaluate = None
     if cfg.evals.every_steps:
         from functools import partial

@@ -1,19 +1,13 @@
-"""Processes: who am I, who are the others, and a group that joins us.
+"""The group that joins the processes: how they meet, what they agree on, and words about ranks.
 
-Works the same under `deepspeed`, `torchrun`, `srun` (one task per device, no launcher between)
-and plain `python`. Nothing here imports deepspeed, so evaluation can use it.
-
-    srun python -m engine.dist --check      # or torchrun -m engine.dist --check
-
-shows ranks, nodes, devices and versions, and tries one all-reduce.
+What a process knows before it meets the others is in `engine.launch`. Nothing here imports
+deepspeed. `python -m engine.dist_check` tries all of it.
 """
 
 import os
-import re
 import socket
-import subprocess
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,94 +17,8 @@ if __package__ in (None, ""):  # run as a file: Python put engine/ first
 import torch
 import torch.distributed as dist
 
-from loaders.errors import ConfigError, DataError, run_cli
-
-# torch's name of a variable, and where other launchers put the same number.
-_SOURCES = {
-    "RANK": ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
-    "WORLD_SIZE": ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-    "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
-}
-
-
-def map_environment(env: MutableMapping[str, str]) -> None:
-    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from what the launcher gave.
-
-    Variables that are set already win. SLURM's are used only inside an `srun` step (they are
-    present in a batch script too, where they describe no process). The port under SLURM is
-    10000 + job id modulo 50000, so that jobs that share a node do not meet.
-
-    Raises:
-        ConfigError: several processes but no address of the first one.
-    """
-    in_step = "SLURM_STEP_ID" in env and env.get("SLURM_STEP_ID") != "4294967291"
-    for name, others in _SOURCES.items():
-        for other in others:
-            if name not in env and other in env and (in_step or not other.startswith("SLURM")):
-                env[name] = env[other]
-    env.setdefault("RANK", "0")
-    env.setdefault("WORLD_SIZE", "1")
-    env.setdefault("LOCAL_RANK", "0")
-    if "MASTER_ADDR" not in env:
-        nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-        if in_step and nodes:
-            env["MASTER_ADDR"] = address(first_host(nodes))
-        elif env["WORLD_SIZE"] == "1":
-            env["MASTER_ADDR"] = "127.0.0.1"
-        else:
-            raise ConfigError(
-                f"this is rank {env['RANK']} of {env['WORLD_SIZE']}, but MASTER_ADDR is not set: "
-                "start with torchrun, deepspeed or srun, or export the address of rank 0"
-            )
-    if "MASTER_PORT" not in env:
-        job = re.match(r"\d+", env.get("SLURM_JOB_ID", ""))
-        single = env["WORLD_SIZE"] == "1"
-        env["MASTER_PORT"] = str(
-            free_port() if single else 10000 + int(job.group()) % 50000 if job else 29500
-        )
-
-
-def first_host(nodes: str) -> str:
-    """First host name of a SLURM node list such as `gpu[03-05,07],login1`.
-
-    Asks `scontrol`, which knows every form; without it expands the common bracket form.
-    """
-    try:
-        answer = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-        return answer.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        head = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
-        return head.group(1) + (head.group(2) or "")
-
-
-def address(host: str) -> str:
-    """What other nodes reach a SLURM node by: its name, or where that does not resolve, as on
-    cloud or virtual nodes, the `NodeAddr` that SLURM itself uses.
-
-    The name comes first because asking the controller from every rank of a large job is slow.
-    """
-    try:
-        socket.getaddrinfo(host, None)
-        return host
-    except OSError:
-        pass
-    try:
-        answer = subprocess.run(
-            ["scontrol", "show", "node", "-o", host], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return host
-    found = re.search(r"\bNodeAddr=(\S+)", answer.stdout)
-    return found.group(1) if found else host
-
-
-def free_port() -> int:
-    """A TCP port that is free on this host now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+from engine.launch import map_environment
+from loaders.errors import DataError
 
 
 def initialise(timeout_minutes: float = 30) -> torch.device:
@@ -142,6 +50,8 @@ def initialise(timeout_minutes: float = 30) -> torch.device:
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
                 timeout=timedelta(minutes=timeout_minutes),
+                # Else nccl connects at the first collective, and guesses the device of a barrier.
+                device_id=device if cuda else None,
             )
         except RuntimeError as error:
             raise DataError(
@@ -266,6 +176,16 @@ def finish() -> None:
 
 
 if __name__ == "__main__":
-    from engine.dist_check import main
+    import runpy
+    import sys
 
-    run_cli(main)
+    from loaders.errors import launched_rank
+
+    if launched_rank() == 0:
+        print(
+            "`python -m engine.dist --check` is now `python -m engine.dist_check`; the old name "
+            "works for one release more",
+            file=sys.stderr,
+        )
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--check"]
+    runpy.run_module("engine.dist_check", run_name="__main__", alter_sys=True)

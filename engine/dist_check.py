@@ -1,6 +1,11 @@
-"""What `python -m engine.dist --check` does: who is there, and does one all-reduce come back."""
+"""Try how the processes of a job find each other, before a long run depends on it.
 
-import argparse
+    srun --kill-on-bad-exit=1 python -m engine.dist_check
+    torchrun --nproc_per_node 8 -m engine.dist_check
+
+shows ranks, nodes, devices and versions, and tries one all-reduce.
+"""
+
 import json
 import os
 import platform
@@ -15,7 +20,7 @@ import torch
 import torch.distributed
 
 from engine import dist
-from loaders.errors import DataError
+from loaders.errors import CommandParser, DataError, run_cli
 
 
 def check(timeout_minutes: float) -> str | None:
@@ -110,12 +115,16 @@ def _table(facts: list[dict[str, Any]], total: int, seconds: float) -> str:
 
 def main() -> None:
     """Command line of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.dist", description="Try how the processes of a job find each other."
+    parser = CommandParser(
+        prog="python -m engine.dist_check",
+        description="Try how the processes of a job find each other.",
     )
-    parser.add_argument("--check", action="store_true", required=True, help="meet and all-reduce")
     parser.add_argument("--timeout-minutes", type=float, default=2, metavar="M")
     table = check(parser.parse_args().timeout_minutes)
     if table:
         print(table, flush=True)
     dist.finish()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from engine.dist import map_environment
+from engine.launch import in_step, map_environment
 from eval import rows, sources
 from eval.features import Extractor
-from loaders.errors import DataError
+from loaders.errors import CommandParser, DataError
 from loaders.specs import as_path
 from models import weights
 
@@ -44,7 +44,7 @@ def make_rows(
 
 def make_accelerator() -> Accelerator:
     """Accelerator whose processes wait as long as the main process fits and scores."""
-    if "SLURM_STEP_ID" in os.environ:
+    if in_step(os.environ):
         # accelerate knows torchrun's variables, but not those of a process that srun started.
         map_environment(os.environ)
     # Without `cpu` accelerate takes every CPU process of a launcher for a run of its own.
@@ -56,7 +56,7 @@ def make_accelerator() -> Accelerator:
 
 def parse(task: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of `python -m eval.<task>`."""
-    parser = argparse.ArgumentParser(prog=f"python -m eval.{task}", description=description)
+    parser = CommandParser(prog=f"python -m eval.{task}", description=description)
     parser.add_argument(
         "--checkpoint",
         nargs="+",

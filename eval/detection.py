@@ -33,7 +33,7 @@ from tqdm import tqdm
 from eval import cli, detection_metrics, detection_model, sources, variants
 from eval.detection_data import Instances, collate
 from loaders import manifest
-from loaders.errors import ConfigError, NonFiniteLoss, run_cli
+from loaders.errors import CommandParser, ConfigError, NonFiniteLoss, run_cli
 from loaders.specs import as_path
 from models import weights
 from models.config import ModelConfig
@@ -185,7 +185,7 @@ def transfer(
 
 def options_parser() -> argparse.ArgumentParser:
     """Arguments of this command."""
-    parser = argparse.ArgumentParser(prog="python -m eval.detection", description=__doc__)
+    parser = CommandParser(prog="python -m eval.detection", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--checkpoint", nargs="+", required=True, type=as_path, metavar="RUN")
     parser.add_argument("--train", type=as_path, required=True, help="set of data_prep/coco.py")

@@ -30,7 +30,7 @@ from eval import cli, elevater_metrics, features, source_classes, sources, varia
 from eval.features import Extractor
 from eval.linear_probe import initial_head
 from loaders import views
-from loaders.errors import ConfigError, NonFiniteLoss, run_cli
+from loaders.errors import CommandParser, ConfigError, NonFiniteLoss, run_cli
 from models.two_tower import TwoTower
 
 BATCH = 64
@@ -183,7 +183,7 @@ def evaluate(
 
 def options_parser() -> argparse.ArgumentParser:
     """Arguments beside those of every evaluation."""
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options = CommandParser(add_help=False, allow_abbrev=False)
     options.add_argument("--epochs", type=int, default=10)
     options.add_argument("--lr", type=float, default=LEARNING_RATE)
     options.add_argument("--head-init", choices=("text", "random"), default="text")

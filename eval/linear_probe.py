@@ -42,7 +42,7 @@ from eval import (
     variants,
 )
 from eval.features import Extractor, Features
-from loaders.errors import ConfigError, DataError, run_cli
+from loaders.errors import CommandParser, ConfigError, DataError, run_cli
 
 # Inverse regularisation strengths: 97 points, 8 per decade, as wide as the CLIP paper's search.
 C_GRID = np.logspace(-6, 6, 97)
@@ -309,7 +309,7 @@ def search_on(
 
 def options_parser() -> argparse.ArgumentParser:
     """Arguments beside those of every evaluation."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--protocol", choices=TASKS, default="standardised")
     parser.add_argument("--shots", type=int, nargs="+", help="training samples a class")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the subsets (default: 0 1 2)")

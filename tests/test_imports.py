@@ -21,7 +21,7 @@ MAY_USE = {
     "models": {"models", "loaders.errors"},
     "loaders": {"loaders"},
     "engine": {"engine", "losses", "models", "loaders"},
-    "eval": {"eval", "models", "loaders", "engine.dist"},
+    "eval": {"eval", "models", "loaders", "engine.dist", "engine.launch"},
     "data_prep": {
         "data_prep",
         "loaders.errors",
@@ -103,6 +103,11 @@ def test_foreign_packages_stay_where_they_belong():
 
 def test_engine_for_evaluation_needs_no_deepspeed():
     assert not any("deepspeed" in module for module, _ in imports(ROOT / "engine" / "dist.py"))
+
+
+def test_what_launchers_say_needs_no_torch():
+    found = {module.split(".")[0] for module, _ in imports(ROOT / "engine" / "launch.py")}
+    assert found <= {"loaders", *sys.stdlib_module_names}
 
 
 def test_no_name_hides_a_dependency():

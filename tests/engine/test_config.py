@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from engine import config, ds
-from engine.dist import first_host, map_environment
 from engine.schedule import learning_rate
 from loaders.errors import ConfigError
 
@@ -154,40 +153,3 @@ def test_steps_from_epochs_samples_and_steps():
     assert config.count_steps(cfg, epoch_samples=1050) == (20, 0)
     cfg = config.load(QUICKSTART, [*none, "train.steps=7"])
     assert config.count_steps(cfg, epoch_samples=1050) == (7, 0)
-
-
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({}, ("0", "1", "0", "127.0.0.1", None)),
-        (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1",
-             "MASTER_ADDR": "h", "MASTER_PORT": "9"},
-            ("3", "4", "1", "h", "9"),
-        ),
-        (
-            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
-             "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_JOB_ID": "123456"},
-            ("5", "8", "1", "gpu03", "33456"),
-        ),
-        # Inside a batch script, outside srun, the numbers describe no process.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, ("0", "1", "0", "127.0.0.1", None)),
-    ],
-)  # fmt: skip
-def test_environment_of_launchers(env, expected):
-    env = dict(env)
-    map_environment(env)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    for name, value in zip(names, expected, strict=True):
-        assert value is None or env[name] == value, name
-    assert env["MASTER_PORT"].isdigit()
-
-
-def test_missing_address_is_refused():
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        map_environment({"RANK": "1", "WORLD_SIZE": "2"})
-
-
-def test_first_host():
-    assert first_host("node7") == "node7"
-    assert first_host("gpu[03-05,07],login1") == "gpu03"

@@ -1,4 +1,4 @@
-"""`python -m engine.dist --check`: what it shows, and whom it names."""
+"""`python -m engine.dist_check`: what it shows, and whom it names."""
 
 import os
 import re
@@ -19,7 +19,7 @@ def start(*options, launcher=(), **place):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment |= {key: str(value) for key, value in place.items()}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "engine.dist", "--check", *options],
+        [sys.executable, *launcher, "-m", "engine.dist_check", *options],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -54,6 +54,7 @@ SlurmdTimeout=300
 KillWait=5
 PropagateResourceLimits=NONE
 SlurmdParameters=config_overrides
+LaunchParameters=use_interactive_step
 GresTypes=gpu
 {nodes}
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=10

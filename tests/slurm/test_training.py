@@ -5,6 +5,7 @@ import json
 import math
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -190,10 +191,13 @@ def test_a_lost_node_requeues_and_scancel_does_not(cluster, whole, tmp_path):
 
 
 def test_the_check_shows_the_ranks_and_their_nodes(cluster, tmp_path):
-    """`python -m engine.dist --check` as docs/cluster.md gives it."""
+    """`python -m engine.dist_check` as docs/cluster.md gives it."""
     output = tmp_path / "check.out"
     job = cluster.submit(
-        *TWO_NODES, f"--output={output}", "--wrap", f"srun {sys.executable} -m engine.dist --check"
+        *TWO_NODES,
+        f"--output={output}",
+        "--wrap",
+        f"srun --kill-on-bad-exit=1 {sys.executable} -m engine.dist_check",
     )
     assert cluster.finished(job) == {"COMPLETED"}, output.read_text()
     lines = output.read_text().splitlines()
@@ -204,6 +208,32 @@ def test_the_check_shows_the_ranks_and_their_nodes(cluster, tmp_path):
         re.fullmatch(rf"ranks 2, nodes 2, rank 0 at \S+ port {port}", line) for line in lines
     )
     assert lines[-1].startswith("all-reduce over 2 ranks: 3, as expected")
+
+
+WHO = """
+import os
+from engine.launch import map_environment
+map_environment(os.environ)
+names = "SLURM_STEP_ID", "SLURM_NTASKS", "RANK", "WORLD_SIZE"
+print("I am", *(os.environ[name] for name in names))
+"""
+
+
+def test_a_shell_of_salloc_is_one_process_and_srun_in_it_four(cluster, tmp_path):
+    script = tmp_path / "who.py"
+    script.write_text(WHO)
+    ask = f"{sys.executable} {script}"
+    # The program `script` gives it the terminal that it wants.
+    shell = subprocess.run(
+        ["script", "-qec", "salloc --nodes=2 --ntasks=4", "/dev/null"],
+        input=f"{ask}; srun {ask} </dev/null; exit\n", capture_output=True, text=True,
+        timeout=60, check=False,
+        env=cluster.environment | {"SHELL": "/bin/bash", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    said = [line.split() for line in shell.stdout.splitlines()]
+    answers = sorted(line[2:] for line in said if line[:2] == ["I", "am"])
+    tasks = [["0", "4", str(rank), "4"] for rank in range(4)]
+    assert answers == [*tasks, ["4294967290", "4", "0", "1"]], shell.stdout + shell.stderr
 
 
 @pytest.mark.soak
