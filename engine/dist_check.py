@@ -10,11 +10,16 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+if __package__ in (None, ""):  # run as a file: Python put engine/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 import torch.distributed
