@@ -1,13 +1,11 @@
-"""The official UniCL release's checkpoints: reading, architecture, and names against ours."""
+"""The official UniCL release's checkpoints: architecture and names against ours."""
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from loaders.errors import DataError
@@ -44,33 +42,10 @@ TEXT_NAMES = {
 }
 
 
-def read_official(path: Path) -> dict[str, Tensor]:
-    """Read a release's state dict under the names of microsoft/UniCL, derived buffers left out.
-
-    Nothing but tensors and plain containers is unpickled.
-
-    Raises:
-        DataError: no such file, no checkpoint, or a file with other pickled objects.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: holds more than tensors and is not opened, since that could run code: "
-            f"{str(error).splitlines()[0]} If you trust its source, re-save the weights alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise DataError(f"{path}: not a PyTorch checkpoint: {error}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise DataError(f"{path}: expected a dict of weights, found {type(content).__name__}")
+def official_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A release's state dict under the names of microsoft/UniCL, derived buffers left out."""
     state = {}
-    for key, value in content.items():
+    for key, value in stored.items():
         top, dot, rest = key.partition(".")
         name = TOP_LEVEL_NAMES.get(top, top) + dot + rest
         if not name.endswith(DERIVED_BUFFERS):
@@ -152,7 +127,7 @@ def convert(
     """Our state dict out of the release's, and the official names that do not fit, by reason.
 
     Args:
-        state: the release's tensors, from `read_official`.
+        state: the release's tensors, from `official_names`.
         target: our model's state dict, for its names and shapes.
 
     Returns:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 import models
 from loaders.errors import ConfigError, DataError
-from models import open_clip_config, open_clip_weights, weight_files
+from models import (
+    checkpoint_layout,
+    open_clip_config,
+    open_clip_weights,
+    run_files,
+    weight_files,
+)
 from models.config import ModelConfig
-from models.official_unicl import convert, infer_config, read_official
+from models.official_unicl import convert, infer_config, official_names
 from models.two_tower import TwoTower
 
-# Weights of an open_clip folder, in open_clip's own order (open_clip/factory.py,
-# _find_checkpoint_in_dir).
-OPEN_CLIP_FILES = (
+# Weights of a folder, in open_clip's own order (open_clip/factory.py, _find_checkpoint_in_dir), and
+# the indexes of sharded ones, as DeepSpeed's zero_to_fp32.py and transformers write them.
+FOLDER_FILES = (
     "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors",
-    "pytorch_model.bin", "pytorch_model.pth", "model.pth",
+    "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
 )  # fmt: skip
 
 
@@ -49,12 +54,14 @@ def load(path: str | Path) -> LoadedRun:
     """Load a model for evaluation, whoever trained it.
 
     Recognised are
-    - a run folder or one of its checkpoint folders (`load_run`);
+    - a run folder or one of its checkpoint folders (`load_run`), the weights in them, and what
+      DeepSpeed's `zero_to_fp32.py` made of one, with the run's `config.yaml` beside or above it;
     - our exports: a `.pt` file, a `.safetensors` file or the folder of one;
     - a released UniCL file, both namings (`load_official_unicl`);
     - an open_clip folder (`open_clip_config.json` and weights), or such a weights file in it;
     - a state dict of OpenAI's CLIP (ViT or ModifiedResNet) with the sizes that its archive holds.
 
+    Others' weights may lie in the entries and behind the wrappers that `checkpoint_layout` names.
     Nothing but tensors and plain containers is unpickled.
 
     Raises:
@@ -66,40 +73,56 @@ def load(path: str | Path) -> LoadedRun:
         return _load_folder(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
+    if checkpoint := run_files.checkpoint_of(path):
+        return load_run(checkpoint)
+    return _load_file(path, path.stem)
+
+
+def _load_folder(path: Path) -> LoadedRun:
+    name = path.resolve().name
+    weights = next((path / file for file in FOLDER_FILES if (path / file).is_file()), None)
+    if (path / open_clip_config.CONFIG_FILE).is_file():
+        if weights is None:
+            raise DataError(f"{path}: none of {', '.join(FOLDER_FILES)} beside the configuration")
+        return _load_file(weights, name)
+    script = next(path.glob("zero_to_fp32.py"), next(path.parent.glob("zero_to_fp32.py"), None))
+    if weights is None and script and not run_files.owning_run(script):
+        raise DataError(
+            f"{path}: a checkpoint of DeepSpeed, whose weights may lie in parts; join them with "
+            f"python {script} {script.parent} OUT and give the folder OUT"
+        )
+    if weights is None or run_files.STEP.fullmatch(name) or (path / "checkpoints").is_dir():
+        return load_run(path)
+    return _load_file(weights, name)
+
+
+def _load_file(path: Path, name: str) -> LoadedRun:
     state, facts = weight_files.read(path)
     if facts is not None:
-        return _load_export(path, state, facts, path.stem)
-    if any(f"{top}.patch_embed.proj.weight" in state for top in ("image_encoder", "visual")):
-        return _loaded(load_official_unicl(path), path, path.stem)
-    if any(name.startswith("visual.") for name in state) and "logit_scale" in state:
-        return _load_clip(path, state, path.stem)
+        return _load_export(path, state, facts, name)
+    state = checkpoint_layout.plain_names(state, path)
+    kind = checkpoint_layout.layout(state)
+    if kind == "unicl":
+        return _loaded(_official(state, path), path, name)
+    if kind == "ours":
+        config = run_files.config_for(path)
+        cfg, model = run_files.read(config)
+        _fit(model, state, path, config)
+        step = run_files.step_of(path)
+        return LoadedRun(model, cfg, step, weight_files.digest(path), path, name)
+    if kind == "clip":
+        return _load_clip(path, state, name)
+    if (path.parent / "config.json").is_file():
+        raise DataError(
+            f"{path.parent}: a folder for timm or transformers; give the run itself, or its export "
+            "in the format pt, safetensors or open_clip"
+        )
     raise DataError(
         f"{path}: not recognised; its keys begin with "
         f"{sorted({name.split('.')[0] for name in state})[:8]}. Known are our .pt and .safetensors "
         "exports, released UniCL files, and state dicts of open_clip or OpenAI's CLIP (not of "
         "transformers' CLIPModel)"
     )
-
-
-def _load_folder(path: Path) -> LoadedRun:
-    name = path.resolve().name
-    if (path / open_clip_config.CONFIG_FILE).is_file():
-        files = [path / file for file in OPEN_CLIP_FILES if (path / file).is_file()]
-        if not files:
-            raise DataError(
-                f"{path}: none of {', '.join(OPEN_CLIP_FILES)} beside the configuration"
-            )
-        return _load_clip(files[0], weight_files.read(files[0])[0], name)
-    weights = path / "model.safetensors"
-    if weights.is_file() and (path / "config.json").is_file():
-        state, facts = weight_files.read(weights)
-        if facts is None:
-            raise DataError(
-                f"{path}: a folder for timm or transformers; give the run itself, or its export "
-                "in the format pt, safetensors or open_clip"
-            )
-        return _load_export(weights, state, facts, name)
-    return load_run(path)
 
 
 def _load_clip(path: Path, state: dict[str, Tensor], name: str) -> LoadedRun:
@@ -159,7 +182,7 @@ def load_official_unicl(path: str | Path, allow_partial: bool = False) -> TwoTow
     of the model's tensors matched, and the names that did not.
 
     Args:
-        path: the file; the weights may lie under `model` or `state_dict`.
+        path: the file; `checkpoint_layout` says where in it the weights may lie.
         allow_partial: load what fits and leave the rest as initialised.
 
     Returns:
@@ -170,7 +193,14 @@ def load_official_unicl(path: str | Path, allow_partial: bool = False) -> TwoTow
             `allow_partial`, any tensor is missing, unexpected or of the wrong shape.
     """
     path = Path(path)
-    state = read_official(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    state = checkpoint_layout.plain_names(weight_files.read(path)[0], path)
+    return _official(state, path, allow_partial)
+
+
+def _official(state: dict[str, Tensor], path: Path, allow_partial: bool = False) -> TwoTower:
+    state = official_names(state)
     model = models.build(infer_config(state, path))
     target = model.state_dict()
     converted, problems = convert(state, target)
@@ -190,27 +220,6 @@ def load_official_unicl(path: str | Path, allow_partial: bool = False) -> TwoTow
     return model.eval()
 
 
-def _locate_run(path: Path) -> tuple[Path, Path]:
-    """The run folder and the checkpoint folder that `path` (either of the two) stands for."""
-    if (path / "model.safetensors").is_file():
-        run = path.parent.parent
-        if not (run / "config.yaml").is_file():
-            raise DataError(f"{path}: its run folder {run} has no config.yaml")
-        return run, path
-    if not (path / "config.yaml").is_file():
-        raise DataError(
-            f"{path}: neither a run folder (config.yaml, checkpoints/) nor a checkpoint folder "
-            "(model.safetensors)"
-        )
-    pointer = path / "checkpoints" / "LAST_GOOD"
-    if not pointer.is_file():
-        raise DataError(f"{path}: no finished checkpoint yet ({pointer} does not exist)")
-    checkpoint = pointer.parent / pointer.read_text().strip()
-    if not (checkpoint / "model.safetensors").is_file():
-        raise DataError(f"{pointer} names {checkpoint.name}, which has no model.safetensors")
-    return path, checkpoint
-
-
 def load_run(path: str | Path) -> LoadedRun:
     """Load the model of a run folder (its last good checkpoint) or of one checkpoint folder.
 
@@ -225,31 +234,29 @@ def load_run(path: str | Path) -> LoadedRun:
         DataError: a file is missing, or the weights do not fit the configuration exactly or are
             not finite.
     """
-    run, checkpoint = _locate_run(Path(path))
-    step = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    run, checkpoint = run_files.locate(Path(path))
+    step = run_files.STEP.fullmatch(checkpoint.name)
     if step is None:
         raise DataError(f"{checkpoint}: folder name is not step_<number>")
-    try:
-        cfg = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{run / 'config.yaml'}: {error}") from None
-    if not isinstance(cfg, dict) or "model" not in cfg:
-        raise DataError(f"{run / 'config.yaml'}: no `model:` section")
-    try:
-        model = models.build(ModelConfig.from_dict(cfg["model"]).without_pretrained())
-    except ConfigError as error:
-        raise DataError(f"{run / 'config.yaml'}: {error}") from error
-    weights = checkpoint / "model.safetensors"
     prefix = "model."
+    weights = checkpoint / run_files.WEIGHTS
+    config = run / "config.yaml"
+    cfg, model = run_files.read(config)
     state = {
         name.removeprefix(prefix): value
         for name, value in weight_files.read(weights)[0].items()
         if name.startswith(prefix)
     }
+    _fit(model, state, weights, config)
+    name, digest = run.resolve().name, weight_files.digest(weights)
+    return LoadedRun(model, cfg, int(step.group(1)), digest, checkpoint, name)
+
+
+def _fit(model: TwoTower, state: dict[str, Tensor], weights: Path, config: Path) -> None:
+    """Load a run's weights into the model of its configuration; evaluation mode."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise DataError(f"{weights}: does not fit {run / 'config.yaml'}: {error}") from error
+        raise DataError(f"{weights}: does not fit {config}: {error}") from error
     _refuse_non_finite(model, weights)
-    name, digest = run.resolve().name, weight_files.digest(weights)
-    return LoadedRun(model.eval(), cfg, int(step.group(1)), digest, checkpoint, name)
+    model.eval()

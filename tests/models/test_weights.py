@@ -40,14 +40,16 @@ def save(tmp_path, state, wrapper="model"):
 
 
 @pytest.mark.parametrize(
-    ("names", "wrapper"), [({}, "model"), (KLITE_NAMES, "state_dict"), ({}, None)]
+    ("names", "wrapper", "prefix"),
+    [({}, "model", ""), (KLITE_NAMES, "state_dict", "model._orig_mod.module."), ({}, None, "")],
 )
 def test_official_checkpoint_gives_the_references_features(
-    reference, tmp_path, capsys, names, wrapper
+    reference, tmp_path, capsys, names, wrapper, prefix
 ):
     state = rename(reference.state_dict(), names)
     assert any(key.endswith("relative_position_index") for key in state)
     assert any(key.endswith("attn_mask") for key in state)
+    state = {f"{prefix}{key}": value for key, value in state.items()}
     model = load_official_unicl(save(tmp_path, state, wrapper))
     matched = len(model.state_dict())
     assert f"{matched} of {matched} tensors matched" in capsys.readouterr().out
