@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 
+from data_prep import differences
 from loaders.errors import ConfigError, DataError
 
 RUN = "run.yaml"
@@ -68,7 +69,7 @@ def begin(out: Path, preparation: Preparation, classes: Sequence[dict] = ()) -> 
     """Start or continue the set in `out`; returns what its `run.yaml` holds.
 
     `classes`: dicts with id, synset, names, in id order. Raises `DataError` if the folder holds
-    another set (the differing keys are named) or files that no preparation made.
+    another set (what differs is said in words) or files that no preparation made.
     """
     path, table = out / RUN, [dict(entry) for entry in classes]
     if not path.is_file():
@@ -77,16 +78,15 @@ def begin(out: Path, preparation: Preparation, classes: Sequence[dict] = ()) -> 
         if table:
             replace_file(out / CLASSES, json.dumps(table, ensure_ascii=False, indent=0))
         write_once(path, _dump(preparation))  # last: from here on the set is begun
-    stored = load(out)
+    stored, held, wanted = load(out), load_classes(out), json.loads(json.dumps(table))
     old, new = ({"name": p.name, "kind": p.kind, **p.identity} for p in (stored, preparation))
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if differing:
-        lines = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing]
+    if old != new:
+        what = "; ".join(differences.describe(old, new, held, wanted))
         raise DataError(
-            f"{out}: holds another set ({'; '.join(lines)}); its shards would be mixed with other "
-            "rows. Use the same input and options, or another folder"
+            f"{out}: holds another set ({what}); its shards would be mixed with other rows. Use "
+            "the same input and options, or another folder"
         )
-    if load_classes(out) != json.loads(json.dumps(table)):
+    if held != wanted:
         raise DataError(
             f"{out / CLASSES}: not the class table of this set; its labels would change their "
             "meaning. Restore the file, or begin anew in another folder"
