@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.list_input import text_lines
 from loaders.errors import DataError
 
 ALIASES = "data_prep/elevater_sets.yaml, key aliases"
@@ -117,8 +118,9 @@ def kitti_splits(mapping: Path) -> dict[str, list[int]]:
     tensorflow-datasets, kitti 3.3.0, which VTAB reads. Raises `DataError` for missing files.
     """
     try:
-        lines = (mapping / "train_mapping.txt").read_text().splitlines()
-        numbers = [int(text) - 1 for text in (mapping / "train_rand.txt").read_text().split(",")]
+        lines = text_lines((mapping / "train_mapping.txt").read_text("utf-8-sig"))
+        order = (mapping / "train_rand.txt").read_text("utf-8-sig").split(",")
+        numbers = [int(text) - 1 for text in order]
         videos: dict[str, list[int]] = {}
         for image, number in enumerate(numbers):
             videos.setdefault(lines[number].split(" ")[1], []).append(image)

@@ -6,6 +6,7 @@ synsets without children; its 860 inner nodes have IDs over 1000), and the train
 rank of that WNID. Layout: the kit's readme.txt, and torchvision 0.29's reader of it.
 """
 
+import codecs
 import io
 import re
 import tarfile
@@ -112,7 +113,8 @@ def _wnid_of_id(devkit: Path, data: bytes) -> dict[int, str]:
 def _parse_truth(devkit: Path, data: bytes, classes: int) -> list[int]:
     """ILSVRC2012_IDs of the validation images, checked to be 1..classes."""
     ids = []
-    for number, line in enumerate(data.splitlines(), 1):
+    lines = data.removeprefix(codecs.BOM_UTF8).rstrip().splitlines()
+    for number, line in enumerate(lines, 1):
         if not re.fullmatch(rb"\d{1,9}", line.strip()):
             raise DataError(f"{devkit}: {TRUTH}, line {number}: {line[:40]!r} is no class ID")
         ids.append(int(line))
