@@ -12,13 +12,7 @@ from pathlib import Path
 
 from data_prep.list_input import text_lines
 from loaders.errors import ConfigError, DataError
-from loaders.manifest_file import (
-    MANIFEST,
-    ClassEntry,
-    load_classes,
-    load_manifest,
-    parse_classes,
-)
+from loaders.manifest import MANIFEST, ClassEntry, load_classes, load_manifest, parse_classes
 
 
 @dataclass(frozen=True)

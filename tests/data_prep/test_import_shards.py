@@ -205,16 +205,6 @@ def test_labels_that_do_not_fit_the_classes(tmp_path, run):
         run(place, kind="image_label", name="none")
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("a.json", "[]"), ("a.json", '{"classes": [{"id": 1, "names": ["x"]}]}'), ("a.json", "{")],
-)
-def test_wrong_class_tables(tmp_path, run, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=r"a\.json: (not a class table|class ids must be 0 to 0)"):
-        run(dump(tmp_path / "dump"), "--classes", tmp_path / name, kind="image_label")
-
-
 # Tars that cannot be used.
 
 
@@ -337,53 +327,6 @@ def test_a_refused_import_leaves_the_folder_to_the_right_one(tmp_path, run):
     with pytest.raises(DataError, match="has label 1, not one of 0 to 0"):
         run(place, "--classes", table, kind="image_label")
     assert verify(run(place)).samples == 12
-
-
-def call(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    import_shards.main()
-
-
-def test_what_is_not_stated_is_found_and_said(tmp_path, monkeypatch, capsys):
-    place = dump(tmp_path / "dump")
-    needed = ("--license", "CC0")
-    with pytest.raises(ConfigError, match="does not say the licence"):
-        call(monkeypatch, place, "--out", tmp_path / "none")
-    call(monkeypatch, place, "--out", tmp_path / "pairs", *needed)
-    text = capsys.readouterr().out
-    assert "--kind not given: image_text (12 of 12 samples have a class number, but" in text
-    assert "--name not given: pairs\n" in text
-    assert f"--source not given: tars of {place}\n" in text
-    (place / "classnames.txt").write_bytes("\ufeffcat\r\ndog\r\nox\r\n\r\n".encode())
-    call(monkeypatch, place, "--out", tmp_path / "named", "--classes", place / "classnames.txt",
-         *needed)  # fmt: skip
-    verify(tmp_path / "named")
-    shards = open_shards(tmp_path / "named")
-    assert (shards.name, shards.kind) == ("named", "image_label")
-    assert [entry.names for entry in shards.classes] == [("cat",), ("dog",), ("ox",)]
-    (place / "classnames.txt").write_text("cat\ndog\nox\n")
-    call(monkeypatch, place, "--out", tmp_path / "beside", *needed)
-    assert f"--classes not given: 3 classes of classnames.txt of {place}" in capsys.readouterr().out
-    verify(tmp_path / "beside")
-    assert open_shards(tmp_path / "beside").classes == shards.classes
-    call(monkeypatch, place, "--out", tmp_path / "beside", *needed)  # as begun
-    # A set of this repository says all of it.
-    call(monkeypatch, tmp_path / "beside" / "shards", "--out", tmp_path / "again")
-    stored = folder.load(tmp_path / "again")
-    assert (stored.kind, stored.license) == ("image_label", "CC0")
-    (place / "classnames.txt").write_text("cat\n\nox\n")
-    with pytest.raises(DataError, match="an empty one; write its names"):
-        call(monkeypatch, place, "--out", tmp_path / "gap", *needed)
-    assert not (tmp_path / "gap").exists()
-
-
-def test_classes_without_names_and_captions_need_a_word(tmp_path, monkeypatch):
-    write_tar(tmp_path / "d" / "0.tar", [m for n in range(3) for m in sample(f"{n}", 0, cls=b"1")])
-    with pytest.raises(ConfigError, match="3 of 3 samples have a class number, no caption"):
-        call(monkeypatch, tmp_path / "d", "--out", tmp_path / "out", "--license", "CC0")
-    call(monkeypatch, tmp_path / "d", "--out", tmp_path / "out", "--license", "CC0",
-         "--kind", "image_text")  # fmt: skip
-    assert folder.load(tmp_path / "out").kind == "image_text"
 
 
 def test_a_finished_import_is_left_alone(tmp_path, run):
