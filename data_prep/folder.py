@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,7 @@ def publish(out: Path, shard: int, stage: Path) -> None:
     the new copy dropped.
     """
     names = [f"{shard_name(shard)}{end}" for end in (".parquet", ".tar", "_stats.json")]
-    new = _statistics(stage / names[2], stage / names[1])
-    if new is not None and not new["successes"]:
-        (stage / names[1]).unlink(missing_ok=True)
+    _drop_empty_tar(stage / names[1], stage / names[2])
     present = [name for name in names if (stage / name).exists()]
     _, tar, stats = (out / SHARDS / name for name in names)
     if _statistics(stats, tar) is not None:
@@ -206,6 +204,13 @@ def publish(out: Path, shard: int, stage: Path) -> None:
     for name in present:
         os.replace(stage / name, out / SHARDS / name)
     flush(out / SHARDS)
+
+
+def _drop_empty_tar(tar: Path, stats: Path) -> None:
+    """Remove a tar that holds nothing, if its statistics say so too."""
+    with suppress(FileNotFoundError), open(tar, "rb") as file:
+        if not any(file.read(512)) and (_statistics(stats, tar) or {}).get("successes") == 0:
+            tar.unlink()
 
 
 def reopen(out: Path) -> None:
