@@ -20,7 +20,7 @@ from data_prep import elevater_targets
 from data_prep.image_source import image_extension, open_images
 from data_prep.shard_writer import Unusable
 from loaders.errors import ConfigError, DataError
-from loaders.plain_text import read_text
+from loaders.plain_text import read_text, text_lines
 
 _LOSSLESS = ("PPM", "BMP", "TIFF")  # formats that are written as PNG
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".tif", ".tiff")
@@ -262,7 +262,9 @@ def _archive(base: Path, index: str, label_map: str | None) -> Source:
         if index.endswith(".json"):
             names, files, labels = _read_coco(json.loads(text))
         else:
-            names = [n for n in (base / label_map).read_text("utf-8-sig").splitlines() if n.strip()]
+            names = text_lines((base / label_map).read_text("utf-8-sig"))
+            if unnamed := [n for n, name in enumerate(names, 1) if not name.strip()]:
+                raise ValueError(f"{label_map}, line {unnamed[0]}: empty, so no name of a class")
             files, labels = _read_index(text)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{base / index}: not readable: {type(error).__name__}: {error}") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.errors import DataError
-from loaders.plain_text import read_text
+from loaders.plain_text import read_text, text_lines
 
 ALIASES = "data_prep/elevater_sets.yaml, key aliases"
 _VEHICLES = ("Car", "Van", "Truck")
@@ -118,7 +118,7 @@ def kitti_splits(mapping: Path) -> dict[str, list[int]]:
     tensorflow-datasets, kitti 3.3.0, which VTAB reads. Raises `DataError` for missing files.
     """
     try:
-        lines = read_text(mapping / "train_mapping.txt").splitlines()
+        lines = text_lines(read_text(mapping / "train_mapping.txt"))
         numbers = [int(text) - 1 for text in read_text(mapping / "train_rand.txt").split(",")]
         videos: dict[str, list[int]] = {}
         for image, number in enumerate(numbers):

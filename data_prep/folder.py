@@ -3,7 +3,8 @@
     D/run.yaml           what is being prepared, and the input it comes from (`Preparation`)
     D/classes.json       class table of an image_label set
     D/list/              rows to download, as parquet
-    D/shards/            finished shards only: NNNNN.tar, NNNNN_stats.json, downloads also .parquet
+    D/shards/            finished shards only: NNNNN.tar, NNNNN_stats.json, downloads also .parquet;
+                         no tar for a shard of which every download failed
     D/work/              unfinished shards; may be deleted while nothing runs
     D/verify/            what verify.py found, a file per shard
     D/bad_samples.tsv    single samples that cannot be used, listed by verify.py
@@ -22,16 +23,18 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_prep import differences
+from data_prep.atomic_files import FULL as FULL
+from data_prep.atomic_files import flush, replace_file, write_once
 from loaders.errors import ConfigError, DataError
 
 RUN = "run.yaml"
@@ -42,7 +45,6 @@ LIST = "list"
 QUARANTINE = "quarantine"
 SIZES = "sizes.json"
 MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EDQUOT)  # error numbers of a full disk or quota
 _STATS = re.compile(r"(\d{5,})_stats\.json")
 
 
@@ -68,7 +70,7 @@ def begin(out: Path, preparation: Preparation, classes: Sequence[dict] = ()) -> 
     """Start or continue the set in `out`; returns what its `run.yaml` holds.
 
     `classes`: dicts with id, synset, names, in id order. Raises `DataError` if the folder holds
-    another set (the differing keys are named) or files that no preparation made.
+    another set (what differs is said in words) or files that no preparation made.
     """
     path, table = out / RUN, [dict(entry) for entry in classes]
     if not path.is_file():
@@ -77,16 +79,15 @@ def begin(out: Path, preparation: Preparation, classes: Sequence[dict] = ()) -> 
         if table:
             replace_file(out / CLASSES, json.dumps(table, ensure_ascii=False, indent=0))
         write_once(path, _dump(preparation))  # last: from here on the set is begun
-    stored = load(out)
+    stored, held, wanted = load(out), load_classes(out), json.loads(json.dumps(table))
     old, new = ({"name": p.name, "kind": p.kind, **p.identity} for p in (stored, preparation))
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if differing:
-        lines = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing]
+    if old != new:
+        what = "; ".join(differences.describe(old, new, held, wanted))
         raise DataError(
-            f"{out}: holds another set ({'; '.join(lines)}); its shards would be mixed with other "
-            "rows. Use the same input and options, or another folder"
+            f"{out}: holds another set ({what}); its shards would be mixed with other rows. Use "
+            "the same input and options, or another folder"
         )
-    if load_classes(out) != json.loads(json.dumps(table)):
+    if held != wanted:
         raise DataError(
             f"{out / CLASSES}: not the class table of this set; its labels would change their "
             "meaning. Restore the file, or begin anew in another folder"
@@ -172,7 +173,9 @@ def _statistics(path: Path, tar: Path) -> dict | None:
         stats = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None  # cut short: the shard is made again
-    return stats if isinstance(stats, dict) and "successes" in stats and tar.exists() else None
+    if not (isinstance(stats, dict) and "successes" in stats):
+        return None
+    return stats if stats["successes"] == 0 or tar.exists() else None
 
 
 def missing(out: Path, part: int = 0, parts: int = 1) -> list[int]:
@@ -184,10 +187,12 @@ def missing(out: Path, part: int = 0, parts: int = 1) -> list[int]:
 def publish(out: Path, shard: int, stage: Path) -> None:
     """Move a complete shard from the folder `stage` to `shards/`, its statistics last.
 
-    Every file is flushed to disk before it gets its name. A shard that is already finished is
-    kept, and the new copy dropped.
+    A tar without a sample is dropped: readers that are given a range of tars refuse it. Every
+    file is flushed to disk before it gets its name. A shard that is already finished is kept, and
+    the new copy dropped.
     """
     names = [f"{shard_name(shard)}{end}" for end in (".parquet", ".tar", "_stats.json")]
+    _drop_empty_tar(stage / names[1], stage / names[2])
     present = [name for name in names if (stage / name).exists()]
     _, tar, stats = (out / SHARDS / name for name in names)
     if _statistics(stats, tar) is not None:
@@ -195,10 +200,17 @@ def publish(out: Path, shard: int, stage: Path) -> None:
             (stage / name).unlink()
         return
     for name in present:
-        _flush(stage / name)
+        flush(stage / name)
     for name in present:
         os.replace(stage / name, out / SHARDS / name)
-    _flush(out / SHARDS)
+    flush(out / SHARDS)
+
+
+def _drop_empty_tar(tar: Path, stats: Path) -> None:
+    """Remove a tar that holds nothing, if its statistics say so too."""
+    with suppress(FileNotFoundError), open(tar, "rb") as file:
+        if not any(file.read(512)) and (_statistics(stats, tar) or {}).get("successes") == 0:
+            tar.unlink()
 
 
 def reopen(out: Path) -> None:
@@ -238,13 +250,15 @@ def disk_full(out: Path, part: int = 0, parts: int = 1, staged: int = 0) -> Data
 
     `staged`: bytes that a shard is expected to take, the estimate while none is finished.
     """
-    tars = [out / SHARDS / f"{shard_name(shard)}.tar" for shard in finished(out)]
-    mean = sum(tar.stat().st_size for tar in tars) / len(tars) if tars else staged
+    done = finished(out)
+    tars = [out / SHARDS / f"{shard_name(shard)}.tar" for shard in done]
+    sizes = [tar.stat().st_size for tar in tars if tar.exists()]
+    mean = sum(sizes) / len(sizes) if sizes else staged
     left = len(missing(out, part, parts))
     free = shutil.disk_usage(out).free
     return DataError(
-        f"{out}: the disk is full. {len(tars)} shards are finished and valid; {left} are missing "
-        f"and need about {left * mean / 1e9:.3f} GB{'' if tars else ' or more'}, {free / 1e9:.3f} "
+        f"{out}: the disk is full. {len(done)} shards are finished and valid; {left} are missing "
+        f"and need about {left * mean / 1e9:.3f} GB{'' if sizes else ' or more'}, {free / 1e9:.3f} "
         "GB are free. Make room and run the same command again"
     )
 
@@ -261,43 +275,5 @@ def check_part(part: int, parts: int) -> None:
         raise ConfigError(f"--part {part} --parts {parts}: parts are numbered 0 to {parts - 1}")
 
 
-def write_once(path: Path, text: str) -> None:
-    """Write a file unless it is there; the first of several processes wins, whole."""
-    temporary = _write_temporary(path, text)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new text, never a part."""
-    os.replace(_write_temporary(path, text), path)
-
-
-def _write_temporary(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _flush(temporary)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno not in FULL:
-            raise
-        raise DataError(f"{path}: the disk is full; make room, run the same again") from None
-    return temporary
-
-
 def _dump(preparation: Preparation) -> str:
     return yaml.safe_dump(asdict(preparation), sort_keys=False, allow_unicode=True)
-
-
-def _flush(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import folder, img2ds, url_list
 from data_prep.list_input import read_lines
-from data_prep.list_rows import NOT_UTF8, Notes, Rejected, Row
+from data_prep.list_rows import NOT_UTF8, Notes, Rejected, Row, editor_line
 from loaders.errors import DataError, run_cli
 from loaders.specs import as_path
 
@@ -121,9 +121,12 @@ def read_pairs(paths: Sequence[Path], url_first: bool, notes: Notes) -> Iterator
     The caption is what stands before or after the tab, byte for byte. If there are more tabs the
     url is at its end of the line, and the rest is the caption with blanks for tabs.
     """
-    for row, line in read_lines(paths):
+    for row, line in read_lines(paths, starts=notes.starts if len(paths) > 1 else None):
         if line.lower() in _HEADERS:
-            print(f"line {row}: a header ({line.decode()}), skipped", file=sys.stderr)
+            print(
+                f"line {editor_line(row, notes.starts)}: a header ({line.decode()}), skipped",
+                file=sys.stderr,
+            )
             notes.counts["header lines skipped"] += 1
             continue
         try:
@@ -165,6 +168,7 @@ def main() -> None:
     size = arguments.samples_per_shard
     key = find_dataset(arguments.tsv, arguments.dataset)
     published = DATASETS[key]
+    img2ds.check_out(arguments.out)
     index = url_list.build(
         arguments.out,
         lambda notes: read_pairs(arguments.tsv, published.url_first, notes),

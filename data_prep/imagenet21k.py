@@ -30,6 +30,9 @@ from loaders.specs import as_path
 # Classes: Alibaba-MIIL/ImageNet21K issue 16. Which release is the paper's: its Table 1 has 21,841
 # concepts and 14.2 M images.
 CLASS_COUNTS = {"fall11": 21_841, "winter21": 19_167}
+# Images: Ridnik et al., "ImageNet-21K Pretraining for the Masses" (fall11, as ImageNet's own
+# statistics); the table of data sets in the README of visual-layer/fastdup (winter21).
+IMAGE_COUNTS = {"fall11": 14_197_122, "winter21": 13_153_500}
 NAMES = {  # release, without the classes of ImageNet-1K -> name of the set
     ("fall11", False): "imagenet22k",
     ("fall11", True): "imagenet21k",
@@ -73,16 +76,24 @@ def check_groups(images: Images, source: Path) -> list[str]:
     return [group for group, count, _ in rows if count]
 
 
-def check_counts(args: argparse.Namespace, classes: int, images: int) -> None:
-    """Raise `DataError` unless the set has the stated numbers of classes and images."""
-    for what, found, expected in (
-        ("classes", classes, args.expected_classes),
-        ("images", images, args.expected_images),
-    ):
-        if expected is not None and found != expected:
+def check_counts(args: argparse.Namespace, facts: dict, written: dict[str, int]) -> None:
+    """Raise `DataError` for other numbers of classes or images than the release has.
+
+    `facts`: `classes_in_archive`, `images_in_archive`. `written`: classes and images that are left
+    without those of ImageNet-1K, compared with a number that the command line states.
+    """
+    for what, official in (("classes", CLASS_COUNTS), ("images", IMAGE_COUNTS)):
+        stated, found = getattr(args, f"expected_{what}"), facts[f"{what}_in_archive"]
+        if stated is None and found != official[args.release]:
             raise DataError(
-                f"{args.archive}: {found} {what} to write, but --expected-{what} {expected}; the "
-                "archive is not complete, or is another one"
+                f"{args.archive}: {found} {what}, expected {official[args.release]} (release "
+                f"{args.release} of ImageNet); get the missing ones, name the right --release, or "
+                f"state the number to write: --expected-{what} {written[what]}"
+            )
+        if stated is not None and written[what] != stated:
+            raise DataError(
+                f"{args.archive}: {written[what]} {what} to write, but --expected-{what} {stated}; "
+                "the archive is not complete, or is another one"
             )
 
 
@@ -105,16 +116,11 @@ def prepare(args: argparse.Namespace) -> None:
     }
     for key, value in facts.items():
         print(f"{key.replace('_', ' ')}: {value}")
-    if len(present) != CLASS_COUNTS[args.release]:
-        print(
-            f"note: {len(present)} classes with images, but {args.release} is said to have "
-            f"{CLASS_COUNTS[args.release]}: is --release right, and the archive complete?"
-        )
     chosen = [group for group in present if not (args.exclude_in1k and group in in1k)]
-    images = images.only(chosen)
-    check_counts(args, len(chosen), len(images))
     if not chosen:
         raise DataError(f"{args.archive}: no class is left")
+    images = images.only(chosen)
+    check_counts(args, facts, {"classes": len(chosen), "images": len(images)})
     size = args.samples_per_shard
     preparation = folder.Preparation(
         tool="data_prep/imagenet21k.py",
@@ -154,8 +160,10 @@ def main() -> None:
     )
     parser.add_argument("--release", choices=sorted(CLASS_COUNTS), required=True)
     parser.add_argument("--exclude-in1k", action="store_true", help="leave out ImageNet-1K classes")
-    parser.add_argument("--expected-classes", type=int, help="refuse another number to write")
-    parser.add_argument("--expected-images", type=int, help="refuse another number to write")
+    parser.add_argument(
+        "--expected-classes", type=int, help="to write; default: all of the release"
+    )
+    parser.add_argument("--expected-images", type=int, help="to write; default: all of the release")
     parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="default: 10000")
     folder.add_part_arguments(parser)

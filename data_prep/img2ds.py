@@ -8,21 +8,21 @@ row for every address tried. Images keep their ratio, the shorter side at most `
 """
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep import folder, img2ds_launch, url_list
-from data_prep.reasons import DNS, SUCCESS, TEMPORARY
+from data_prep.download_advice import COLUMNS, DNS_SHARE, Hosts, leading_advice, resolver_advice
+from data_prep.reasons import DNS, PRIVATE, SUCCESS
 from loaders.errors import ConfigError, DataError
-
-# Below this share, unknown hosts are mostly dead sites (img2dataset's README advises a resolver).
-_DNS_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Options:
 
     image_size: int = 256
     encode_quality: int = 95
+    min_image_size: int = 0
+    max_aspect_ratio: float = math.inf
     processes: int = len(os.sched_getaffinity(0))
     threads: int = 32
     timeout: float = 10
@@ -63,6 +65,10 @@ class Options:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+        if self.min_image_size < 0:
+            raise ConfigError("--min-image-size must not be negative")
+        if not self.max_aspect_ratio >= 1:
+            raise ConfigError("--max-aspect-ratio is the longer side by the shorter: at least 1")
         if not 0 <= self.encode_quality <= 100:
             raise ConfigError(f"--encode-quality {self.encode_quality}: a JPEG quality is 0 to 100")
         if self.retries < 0 or self.max_restarts < 0:
@@ -77,6 +83,9 @@ class Options:
 _HELP = {
     "image_size": "shorter side of a stored image; smaller ones stay as they are",
     "encode_quality": "JPEG quality",
+    "min_image_size": "images with a shorter side below this are left out",
+    "max_aspect_ratio": "images whose longer side is more than this many times the shorter are "
+    "left out",
     "processes": "worker processes, each with one shard at a time",
     "threads": "downloads at the same time in each process",
     "timeout": "seconds for one socket operation",
@@ -88,7 +97,8 @@ _HELP = {
     "max_restarts": "restarts in a row without a finished shard before giving up",
     "user_agent_token": "name in the User-Agent header, and in X-Robots-Tag rules for us alone",
 }
-_STORED = ("image_size", "encode_quality")
+_LIMITS = ("min_image_size", "max_aspect_ratio")  # part of the plan where they are in force
+_STORED = ("image_size", "encode_quality", *_LIMITS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +145,11 @@ def options(arguments: argparse.Namespace, **changes: Any) -> Options:
 
 def identity(options: Options, samples_per_shard: int) -> dict[str, Any]:
     """What must stay the same while a set is prepared, for `Preparation.identity`."""
-    same: dict[str, Any] = {name: getattr(options, name) for name in _STORED}
+    same: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in _STORED
+        if name not in _LIMITS or getattr(options, name) != getattr(Options, name)
+    }
     same["disallowed_header_directives"] = list(options.disallowed_header_directives)
     same["samples_per_shard"] = samples_per_shard
     if options.local_root is not None:
@@ -145,7 +159,9 @@ def identity(options: Options, samples_per_shard: int) -> dict[str, Any]:
 
 def from_identity(stored: dict[str, Any]) -> dict[str, Any]:
     """The fields of `Options` that a set was begun with, from its `Preparation.identity`."""
-    same = {name: stored[name] for name in (*_STORED, "disallowed_header_directives")}
+    same = {name: stored.get(name, getattr(Options, name)) for name in _LIMITS}
+    same |= {name: stored[name] for name in ("image_size", "encode_quality")}
+    same["disallowed_header_directives"] = stored["disallowed_header_directives"]
     return same | {"local_root": Path(stored["local_root"]) if "local_root" in stored else None}
 
 
@@ -222,27 +238,51 @@ def shard_rows(out: Path) -> list[int]:
 
 
 def summarise(out: Path, shards: Iterable[int]) -> None:
-    """Print what became of the rows of finished shards. `DataError` if no image was kept."""
+    """Print what became of the rows of finished shards, and one advice.
+
+    Shards of a retry hold rows that were chosen because they failed: no share of theirs speaks of
+    the list. Raises `DataError` if no image of the set was kept.
+    """
     done = folder.finished(out)
-    chosen = [done[shard] for shard in shards if shard in done]
-    groups = img2ds_launch.count_reasons(chosen)
+    chosen = {shard: done[shard] for shard in shards if shard in done}
+    groups = img2ds_launch.count_reasons(chosen.values())
     rows = sum(groups.values())
     if not rows:
         return
-    print(f"{out}: kept {groups[SUCCESS]} of {rows} rows ({groups[SUCCESS] / rows:.1%})")
-    failures = [(group, n) for group, n in groups.most_common() if group != SUCCESS]
-    lines = [f"  {group:<20} {n:>10} {n / rows:7.2%}" for group, n in failures]
+    base = url_list.base_shards(out)
+    again = sum(stats["count"] for shard, stats in chosen.items() if shard >= base)
+    what = f"{rows} rows" if not again else f"{rows} rows ({again} of them tried again)"
+    print(f"{out}: kept {groups[SUCCESS]} of {what} ({groups[SUCCESS] / rows:.1%})")
+    failures = {group: n for group, n in groups.most_common() if group != SUCCESS}
+    lines = [f"  {group:<20} {n:>10} {n / rows:7.2%}" for group, n in failures.items()]
     print(*lines, sep="\n")
-    if groups[DNS] > _DNS_SHARE * rows:
-        print(
-            f"{groups[DNS] / rows:.1%} of the host names were not resolved. Public resolvers limit "
-            "many questions a second: run a local one (knot-resolver, unbound), then retry"
+    unselected = {shard: stats for shard, stats in chosen.items() if shard < base}
+    advice = _resolver_advice(out, unselected) or leading_advice(out, failures)
+    if any(stats["successes"] for stats in done.values()):
+        if advice:
+            print(advice)
+        return
+    top = ", ".join(f"{group} {n}" for group, n in list(failures.items())[:3])
+    if next(iter(failures)) != PRIVATE:
+        advice = (
+            "Check the network, the list and the proxy variables, then: python "
+            f"data_prep/retry_failed.py {out} --reasons all"
         )
-    if any(group in TEMPORARY for group, _ in failures):
-        print(f"retry: python data_prep/retry_failed.py {out}")
-    if not any(stats["successes"] for stats in done.values()):
-        top = ", ".join(f"{group} {n}" for group, n in failures[:3])
-        raise DataError(
-            f"{out}: not one of {rows} rows gave an image ({top}). Check the network, the list and "
-            f"the proxy variables, then: python data_prep/retry_failed.py {out} --reasons all"
-        )
+    raise DataError(f"{out}: not one of {rows} rows gave an image ({top}). {advice}")
+
+
+def _resolver_advice(out: Path, statistics: Mapping[int, dict]) -> str | None:
+    """Advice about name resolution from shards of the list as it was; None if there is none."""
+    groups = img2ds_launch.count_reasons(statistics.values())
+    rows, hosts = sum(groups.values()), Hosts()
+    if groups[DNS] <= DNS_SHARE * rows:
+        return None  # so that no address need be read
+    for shard in statistics:
+        path = out / folder.SHARDS / f"{folder.shard_name(shard)}.parquet"
+        hosts.add(pq.read_table(path, columns=list(COLUMNS)))
+    return resolver_advice(out, rows, groups[DNS], hosts)
+
+
+def check_out(out: Path) -> None:
+    """Raise `ConfigError` for a folder that cannot be downloaded to, before it is touched."""
+    img2ds_launch.check_path(out)

@@ -11,7 +11,6 @@ exception as the reason, so the refusals here have short fixed texts (data_prep/
 import ctypes
 import http.client
 import io
-import ipaddress
 import json
 import os
 import signal
@@ -22,8 +21,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import urllib.response
 from functools import partial
 from pathlib import Path
+
+# Last, so that nothing of the repository hides an installed package (hence -P, too).
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from data_prep.img2ds_address import is_public, unusable
+from data_prep.img2ds_body import NoImage, decompress, name_other
 
 PARENT = "IMG2DS_PARENT"
 OPT_OUT = "Use of image disallowed by X-Robots-Tag directive"  # img2dataset's own words
@@ -76,20 +82,6 @@ def connect(public_only: bool, address: tuple[str, int], timeout: float, source=
         except OSError as failure:
             error = failure
     raise error
-
-
-def is_public(text: str) -> bool:
-    """Whether an IP address is neither private, loopback, link-local, multicast nor reserved."""
-    address = ipaddress.ip_address(text)
-    if address.version == 6:
-        # Gateways hand these on to the IPv4 address that they hold: ::ffff:0:0/96, ::/96 (RFC
-        # 4291), 2002::/16 (6to4, RFC 3056) and 64:ff9b::/96 (NAT64, RFC 6052).
-        last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        compatible = int(address) >> 32 == 0
-        nat64 = address in ipaddress.ip_network("64:ff9b::/96")
-        address = address.ipv4_mapped or address.sixtofour or address
-        address = last if compatible or nat64 else address
-    return address.is_global and not address.is_multicast
 
 
 class _LimitedSocket(io.RawIOBase):
@@ -152,6 +144,8 @@ class _Web(urllib.request.AbstractHTTPHandler):
         return self._fetch(request, http.client.HTTPSConnection, context=self._tls)
 
     def _fetch(self, request, kind, **keywords):
+        if reason := unusable(request.full_url):
+            raise _current.refusal(reason)
         # Behind a proxy the address is the proxy's, and which hosts it may reach is its business.
         direct = not (request.has_proxy() or request._tunnel_host)
         return self.do_open(partial(_connection, kind, self._settings, direct), request, **keywords)
@@ -225,12 +219,23 @@ class Opener:
             raise
         except http.client.BadStatusLine:  # its text is the server's, it could read "success"
             raise OSError("bad status line") from None
-        try:
+        with response:
             self._check(response)
-        except Refused:
-            response.close()
-            raise
-        return response
+            return self._whole(response)
+
+    def _whole(self, response) -> urllib.response.addinfourl:
+        """The response with its body read and decompressed; `Refused` if it is surely no image."""
+        body, headers, status = response.read(), response.headers, response.status
+        if status == 204:
+            raise _current.refusal("http 204")
+        try:
+            encoding = ",".join(headers.get_all("Content-Encoding", []))
+            body = decompress(body, encoding, self._settings["max_image_bytes"])
+        except NoImage as error:
+            raise _current.refusal(str(error)) from None
+        if other := name_other(body):
+            raise _current.refusal(other)
+        return urllib.response.addinfourl(io.BytesIO(body), headers, response.url, status)
 
     def _check(self, response) -> None:
         """Refuse a body that is announced as too large, and an image whose site opts out."""

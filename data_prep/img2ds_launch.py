@@ -82,12 +82,6 @@ class Launch:
 
     def _prepare(self) -> Path:
         """Lay out the folder; returns the path of the child's configuration."""
-        strange = set("*?[]") & set(str(self.home.resolve())) or "::" in str(self.home.resolve())
-        if strange:
-            raise ConfigError(
-                f"{self.out}: img2dataset reads *, ?, [, ] and :: in a path as a pattern; name a "
-                "folder without them"
-            )
         for path in (self.output, self.ready, self.home / "list"):
             path.mkdir(parents=True)
         index = url_list.read_index(self.out)
@@ -123,6 +117,8 @@ class Launch:
             "resize_only_if_bigger": True,
             "encode_format": "jpg",
             "encode_quality": options.encode_quality,
+            "min_image_size": options.min_image_size,
+            "max_aspect_ratio": options.max_aspect_ratio,
             "compute_hash": "sha256",
             "timeout": options.timeout,
             "retries": options.retries,
@@ -241,6 +237,16 @@ def _child(config: Path) -> Iterator[subprocess.Popen]:
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         child.stdout.close()
+
+
+def check_path(out: Path) -> None:
+    """Raise `ConfigError` for a folder that img2dataset cannot write to because of its name."""
+    path = str(out.resolve())
+    if set("*?[]") & set(path) or "::" in path:
+        raise ConfigError(
+            f"{out}: img2dataset reads *, ?, [, ] and :: in a path as a pattern; name a folder "
+            "without them"
+        )
 
 
 def some(shards: Iterable[int]) -> str:

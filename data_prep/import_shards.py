@@ -1,12 +1,16 @@
 """Use webdataset tars of others as a set, without copying them: links, an index, statistics.
 
     python data_prep/import_shards.py '/mnt/cc12m/{00000..01242}.tar' --out data/cc12m \\
-        --name cc12m --kind image_text --source 'CC12M, downloaded by ...' --license '...'
+        --license '...'
 
 SPEC is a folder of tars, a tar, a brace range, a glob, or several joined by `::`. Nothing is
 written beside the originals, which may be read-only. A `.parquet` and a `_stats.json` that
 img2dataset left beside a tar are linked too. Tars that cannot be read are listed at the end, and
 nothing is imported until they are mended or --skip-unreadable is given.
+
+What is not stated is found, and said: the classes (`classnames.txt` beside the tars or one folder
+above, or the manifest of a set), the kind (image_label if every sample has a class number and the
+classes have names), the name (of the folder --out), the source (the folders of the tars).
 """
 
 import argparse
@@ -15,34 +19,24 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import folder
+from data_prep.import_about import Stated, find_kind, find_stated
+from data_prep.import_scan import SCAN, Original, beside, check_labels, count_contents, scan
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import KINDS
 from loaders.specs import as_path, expand
-from loaders.tarreader import INDEX_FOLDER, open_index
+from loaders.tarreader import INDEX_FOLDER
 
-SCAN = "import"  # folder in work/ with one link a tar, beside which its index is made
-
-
-@dataclass(frozen=True)
-class Original:
-    """A readable tar: its absolute path, the link in work/ that was indexed, its statistics."""
-
-    path: Path
-    link: Path
-    stats: dict
+DERIVED = ("name", "source", "license")
 
 
 def find_tars(spec: str) -> list[Path]:
@@ -54,99 +48,6 @@ def find_tars(spec: str) -> list[Path]:
     if not found or repeated:
         raise DataError(f"{spec}: " + (f"named twice: {repeated[:5]}" if repeated else "no tar"))
     return found
-
-
-def read_classes(path: Path) -> list[dict]:
-    """Class table from a text file (one name a line, in id order) or a JSON with `classes`.
-
-    Raises `DataError` if it is neither, or the ids are not 0 to n-1 in order.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix != ".json":
-            return [
-                {"id": i, "synset": None, "names": [n]} for i, n in enumerate(text.splitlines())
-            ]
-        table = [
-            {"id": entry["id"], "synset": entry.get("synset"), "names": list(entry["names"])}
-            for entry in json.loads(text)["classes"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: not a class table ({type(error).__name__}: {error}); give one name a line, "
-            'or JSON {"classes": [{"id": 0, "synset": null, "names": ["cat"]}, …]}'
-        ) from None
-    if [entry["id"] for entry in table] != list(range(len(table))):
-        raise DataError(f"{path}: class ids must be 0 to {len(table) - 1} in order")
-    return table
-
-
-def scan(out: Path, tars: Sequence[Path], classes: int | None) -> tuple[list[Original], list[str]]:
-    """Index every tar. Returns the readable ones, and an error for each of the others.
-
-    `classes`: number of classes that the labels must fit, None if they do not count. Raises
-    `DataError` for a label that does not. Indexes stay in work/, so a killed run continues.
-    """
-    place = out / folder.WORK / SCAN
-    place.mkdir(parents=True, exist_ok=True)
-    good, errors = [], []
-    for number, path in enumerate(tqdm(tars, unit="tar", desc="indexing", mininterval=1)):
-        link = place / f"{folder.shard_name(number)}.tar"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path)
-        try:
-            index = open_index(link)
-            stats = _statistics(path, len(index))
-        except (DataError, OSError) as error:
-            text = str(error).replace(str(link), str(path))
-            errors.append(text if str(path) in text else f"{path}: {text}")
-            tqdm.write(f"unreadable: {errors[-1]}", file=sys.stderr)
-            continue
-        if classes is not None:
-            _check_labels(path, index, classes)
-        good.append(Original(path, link, stats))
-    return good, errors
-
-
-def _check_labels(path: Path, index: np.ndarray, classes: int) -> None:
-    wrong = np.flatnonzero((index["label"] < 0) | (index["label"] >= classes))
-    if len(wrong):
-        row = index[wrong[0]]
-        raise DataError(
-            f"{path}: sample {os.fsdecode(bytes(row['key']))!r} has label {row['label']}, not one "
-            f"of 0 to {classes - 1} ({len(wrong)} such samples; -1: none); give the right "
-            "--classes, or --kind image_text"
-        )
-
-
-def _beside(path: Path, end: str) -> Path:
-    """The file that img2dataset leaves beside a tar: 00000.parquet, 00000_stats.json."""
-    return path.with_name(path.name.removesuffix(".tar") + end)
-
-
-def _statistics(path: Path, samples: int) -> dict:
-    """Statistics of a tar: those beside it, which must count as many samples, else its own."""
-    beside = _beside(path, "_stats.json")
-    if not beside.is_file():
-        now = time.time()
-        counts = {"count": samples, "successes": samples}
-        failures = {"failed_to_download": 0, "failed_to_resize": 0}
-        times = {"duration": 0.0, "start_time": now, "end_time": now}
-        return {**counts, **failures, **times, "status_dict": {"success": samples}}
-    try:
-        stats = json.loads(beside.read_bytes())
-        count, successes = int(stats["count"]), int(stats["successes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{beside}: not the statistics of img2dataset ({type(error).__name__}: {error}); "
-            f"restore or remove it"
-        ) from None
-    if successes != samples:
-        raise DataError(
-            f"{path}: holds {samples} samples, but {beside.name} says {successes} of {count}; the "
-            "tar is cut short or of another run"
-        )
-    return stats
 
 
 def publish(out: Path, originals: Sequence[Original]) -> None:
@@ -168,10 +69,10 @@ def publish(out: Path, originals: Sequence[Original]) -> None:
             if number in done:
                 continue
             name = folder.shard_name(number)
-            beside = _beside(original.path, "_stats.json")
-            files = {".tar": original.path, ".parquet": _beside(original.path, ".parquet")}
-            if beside.is_file():
-                files["_stats.json"] = beside
+            stated = beside(original.path, "_stats.json")
+            files = {".tar": original.path, ".parquet": beside(original.path, ".parquet")}
+            if stated.is_file():
+                files["_stats.json"] = stated
             else:
                 text = json.dumps(original.stats, indent=4)
                 (stage / f"{name}_stats.json").write_text(text, encoding="utf-8")
@@ -194,33 +95,38 @@ def _move_index(link: Path, shard: Path) -> None:
 
 
 def import_set(arguments: argparse.Namespace) -> None:
-    """Link, index and count the tars. Raises `DataError` listing all that cannot be read."""
-    out, kind = arguments.out, arguments.kind
-    if kind == "image_label" and arguments.classes is None:
-        raise ConfigError("--kind image_label needs --classes")
-    classes = read_classes(arguments.classes) if arguments.classes else []
+    """Link, index and count the tars. Raises `DataError` listing all that cannot be read.
+
+    Whatever reading tells is known before the set is begun: a refused import leaves nothing but
+    indexes in work/, and another one may take the folder.
+    """
+    out = arguments.out
+    folder.check_folder(out)
     tars = find_tars(arguments.spec)
-    paths = [str(path) for path in tars]
-    preparation = folder.Preparation(
-        tool="data_prep/import_shards.py",
-        name=arguments.name,
-        kind=kind,
-        source=arguments.source,
-        license=arguments.license,
-        date=date.today().isoformat(),
-        shards=len(tars),
-        samples_per_shard=1,  # this and `attempted` are known when all are indexed
-        attempted=0,
-        identity={
-            "tars": len(paths),
-            "tars_sha256": hashlib.sha256("\n".join(paths).encode()).hexdigest(),
-            "classes_sha256": hashlib.sha256(json.dumps(classes).encode()).hexdigest(),
-        },
-    )
-    stored = folder.begin(out, preparation, classes)
-    if "originals" not in stored.extra or folder.missing(out):
-        good, errors = scan(out, tars, len(classes) if kind == "image_label" else None)
+    stated = find_stated(arguments, tars)
+    begun = folder.load(out) if (out / folder.RUN).is_file() else None
+    if begun:
+        stated = replace(stated, name=arguments.name or begun.name)
+        _refuse_other_tars(out, begun, [str(path) for path in tars])
+    good, errors = [], []
+    wanted = begun is None or "originals" not in begun.extra or bool(folder.missing(out))
+    if wanted:
+        good, errors = scan(out, tars)
+        if not good and begun is None:
+            _remove_scan(out)
         _refuse(out, good, errors, arguments.skip_unreadable)
+    kind, why = (begun.kind, "as begun") if begun else find_kind(stated, count_contents(good))
+    kind = arguments.kind or kind
+    if kind == "image_label" and not stated.classes:
+        raise ConfigError("--kind image_label needs --classes, or a classnames.txt beside the tars")
+    if kind == "image_label":
+        check_labels(good, len(stated.classes))
+    if begun is None:
+        _say_what_was_found(arguments, stated, kind, why)
+    classes = stated.classes if kind == "image_label" or arguments.classes else []
+    preparation = _plan(stated, kind, tars, classes)
+    folder.begin(out, preparation, classes)
+    if wanted:
         counts = [int(original.stats["count"]) for original in good]
         folder.reopen(out)
         folder.update(
@@ -231,11 +137,64 @@ def import_set(arguments: argparse.Namespace) -> None:
             extra={"originals": [str(original.path) for original in good], "skipped": errors},
         )
         publish(out, good)
-        shutil.rmtree(out / folder.WORK / SCAN)
+        _remove_scan(out)
     stored = folder.load(out)
     kept = sum(stats["successes"] for stats in folder.finished(out).values())
     print(f"{stored.shards} tars, {kept} samples; {len(stored.extra['skipped'])} tars skipped")
     print(f"next: python data_prep/verify.py {out}")
+
+
+def _remove_scan(out: Path) -> None:
+    """Remove the links and indexes of the scan, and folders that hold nothing else."""
+    shutil.rmtree(out / folder.WORK / SCAN)
+    for place in (out / folder.WORK, out):
+        with suppress(OSError):  # not empty
+            place.rmdir()
+
+
+def _plan(stated: Stated, kind: str, tars: Sequence[Path], classes: list[dict]):
+    """The `Preparation`, but for what is known of the readable tars alone."""
+    paths = "\n".join(map(str, tars))
+    return folder.Preparation(
+        tool="data_prep/import_shards.py",
+        name=stated.name,
+        kind=kind,
+        source=stated.source,
+        license=stated.license,
+        date=date.today().isoformat(),
+        shards=len(tars),
+        samples_per_shard=1,
+        attempted=0,
+        identity={
+            "tars": len(tars),
+            "tars_sha256": hashlib.sha256(paths.encode()).hexdigest(),
+            "classes_sha256": hashlib.sha256(json.dumps(classes).encode()).hexdigest(),
+        },
+    )
+
+
+def _say_what_was_found(arguments: argparse.Namespace, stated: Stated, kind: str, why: str) -> None:
+    """Print what was not stated, and what it was taken from."""
+    for flag, value in (("kind", kind), *((k, getattr(stated, k)) for k in DERIVED)):
+        if getattr(arguments, flag) is None:
+            print(f"--{flag} not given: {value}" + (f" ({why})" if flag == "kind" else ""))
+    if kind == "image_label" and arguments.classes is None:
+        print(f"--classes not given: {len(stated.classes)} classes of {stated.classes_from}")
+
+
+def _refuse_other_tars(out: Path, begun: folder.Preparation, tars: Sequence[str]) -> None:
+    """`DataError`, naming tars, if the set was begun from others."""
+    digest = hashlib.sha256("\n".join(tars).encode()).hexdigest()
+    before = begun.identity.get("tars_sha256")
+    if before == digest:
+        return
+    there = begun.extra.get("originals", [])
+    only = [("there", set(there) - set(tars)), ("now", set(tars) - set(there))]
+    said = [f"only {when}: {', '.join(sorted(p)[:3])}" for when, p in only if p]
+    raise DataError(
+        f"{out}: holds another set (tars: {begun.identity.get('tars')} there, {len(tars)} now; "
+        f"{'; '.join(said) or 'the same in another order'}). Name the same tars, or another folder"
+    )
 
 
 def _refuse(out: Path, good: Sequence[Original], errors: Sequence[str], skip: bool) -> None:
@@ -255,11 +214,15 @@ def main() -> None:
     )
     parser.add_argument("spec", metavar="SPEC", help="tars of others")
     parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
-    parser.add_argument("--name", required=True, help="name of the set")
-    parser.add_argument("--kind", choices=KINDS, required=True)
-    parser.add_argument("--source", required=True, help="what it is and whence: recorded")
-    parser.add_argument("--license", required=True, help="licence of images and texts: recorded")
-    parser.add_argument("--classes", type=as_path, help="classnames.txt, or a JSON with `classes`")
+    parser.add_argument("--name", help="name of the set (default: that of the folder --out)")
+    parser.add_argument("--kind", choices=KINDS, help="default: by the class numbers of the tars")
+    parser.add_argument("--source", help="what it is and whence: recorded (default: the folders)")
+    parser.add_argument("--license", help="licence of images and texts: recorded")
+    parser.add_argument(
+        "--classes",
+        type=as_path,
+        help="one name a line, or a JSON with `classes` (default: classnames.txt beside the tars)",
+    )
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="import the rest without such tars"
     )

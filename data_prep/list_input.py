@@ -40,12 +40,15 @@ def join_digests(digests: Sequence[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def read_lines(paths: Sequence[Path], show: bool = True) -> Iterator[tuple[int, bytes]]:
+def read_lines(
+    paths: Sequence[Path], show: bool = True, starts: list[tuple[int, Path]] | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Lines of text files as (number, bytes): numbers from 0 on over all files.
 
-    Plain, gzip or bzip2, told by the content. A UTF-8 byte order mark at the start of a file and
-    LF or CRLF line ends are taken off, nothing else. `show`: progress by bytes of the files on
-    disk. Raises `DataError` for a missing file and for compressed data that ends early.
+    Plain, gzip or bzip2, told by the content. A UTF-8 byte order mark at the start of a file, LF
+    or CRLF line ends, and empty lines at the end of a file are taken off, nothing else. `show`:
+    progress by bytes of the files on disk. `starts`: gets the number of the first line of each
+    file. Raises `DataError` for a missing file and for compressed data that ends early.
     """
     total = sum(_stat(path).st_size for path in paths)
     first = done = 0
@@ -55,11 +58,20 @@ def read_lines(paths: Sequence[Path], show: bool = True) -> Iterator[tuple[int, 
         for path in paths:
             bar.set_description(path.name, refresh=False)
             with open(path, "rb", buffering=0) as raw:
-                number = first - 1
+                number, empty = first - 1, []  # empty lines: none if no other follows
+                if starts is not None:
+                    starts.append((first, path))
                 for number, line in enumerate(_lines(path, raw), first):
                     if number == first:
                         line = line.removeprefix(b"\xef\xbb\xbf")
-                    yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+                    line = line.removesuffix(b"\n").removesuffix(b"\r")
+                    if not line:
+                        empty.append((number, line))
+                        continue
+                    if empty:
+                        yield from empty
+                        empty = []
+                    yield number, line
                     if number % _BAR_LINES == 0:
                         bar.update(done + raw.tell() - bar.n)
                 first, done = number + 1, done + raw.tell()

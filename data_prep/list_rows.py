@@ -1,9 +1,10 @@
 """Rows of a list on their way to parquet: which are usable, which are repeated.
 
 Kept are rows with a url of an allowed scheme and a caption, the first of equal (url, caption)
-rows. Every other row but a repeated one is written to rejected.tsv with its reason.
+rows. Every other row but a repeated one is written to rejected.tsv with its line and its reason.
 """
 
+import bisect
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 WEB = ("http", "https")
 NOT_UTF8 = "not UTF-8"
+REJECTED_COLUMNS = ("line", "reason", "text")  # of rejected.tsv
 _BATCH = 100_000  # rows that are Python objects at a time
 _PLAIN_URL = re.compile(r"https?://[^\s/?#][!-~]*", re.ASCII)
 _UNSAFE = re.compile(r"[^!-~]")  # blanks, control characters, non-ASCII
@@ -45,10 +47,20 @@ class Rejected(NamedTuple):
 
 @dataclass
 class Notes:
-    """What a reader tells besides rows: counts to show, facts to keep in index.json."""
+    """What a reader tells besides rows: counts to show, facts to keep in index.json, and the first
+    row of each file of a list of several."""
 
     counts: Counter = field(default_factory=Counter)
     facts: dict[str, Any] = field(default_factory=dict)
+    starts: list[tuple[int, Path]] = field(default_factory=list)  # of a list of several files
+
+
+def editor_line(row: int, starts: Sequence[tuple[int, Path]]) -> str:
+    """Where an editor shows a row: its line counted from 1, `FILE:LINE` in a list of several."""
+    if not starts:
+        return str(row + 1)
+    first, path = starts[bisect.bisect_right([start for start, _ in starts], row) - 1]
+    return f"{path}:{row - first + 1}"
 
 
 def encode_url(url: str, schemes: Sequence[str] = WEB) -> str:
@@ -99,7 +111,10 @@ class Seen:
 
 
 class ListWriter:
-    """Writes rows to NNNNN.parquet in `stage`, `file_rows` each, the others to `rejects`."""
+    """Writes rows to NNNNN.parquet in `stage`, `file_rows` each, the others to `rejects`.
+
+    `starts`: `Notes.starts`, filled while rows are added.
+    """
 
     def __init__(
         self,
@@ -108,8 +123,11 @@ class ListWriter:
         schemes: Sequence[str],
         file_rows: int,
         rejects: TextIO,
+        starts: Sequence[tuple[int, Path]] = (),
     ) -> None:
         self.stage, self.schemes, self.file_rows, self.rejects = stage, schemes, file_rows, rejects
+        self._starts = starts
+        rejects.write("\t".join(REJECTED_COLUMNS) + "\n")
         kinds = {"row": pa.int64()}
         self.schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
         self.rows = self.duplicates = self.encoded_urls = 0
@@ -157,7 +175,7 @@ class ListWriter:
     def _reject(self, row: int, reason: str, raw: bytes) -> None:
         self.rejected[reason] += 1
         escaped = raw.decode("latin-1").encode("unicode_escape").decode("ascii")
-        self.rejects.write(f"{row}\t{reason}\t{escaped}\n")
+        self.rejects.write(f"{editor_line(row, self._starts)}\t{reason}\t{escaped}\n")
 
     def _flush(self) -> None:
         """Write the rows of the batch that are new."""

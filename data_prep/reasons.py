@@ -9,6 +9,7 @@ import re
 SUCCESS = "success"
 OPT_OUT = "opt-out"
 DNS = "dns"
+PRIVATE = "private address"
 OTHER = "other"
 
 # First match wins. The quoted texts of img2ds_child.py come first: they are ours and exact.
@@ -17,10 +18,22 @@ _GROUPS = (
     (OPT_OUT, r"X-Robots-Tag"),
     ("too large", r"^(<urlopen error )?too large"),
     ("too slow", r"^(<urlopen error )?too slow"),
-    ("private address", r"^(<urlopen error )?private address"),
+    (PRIVATE, r"^(<urlopen error )?private address"),
+    ("credentials in url", r"^credentials in url"),
+    ("bad url", r"^bad url"),
+    ("http 204", r"^http 204$"),
+    ("empty body", r"^empty body$"),
+    ("compressed body", r"^compressed body"),
+    ("html page", r"^html page$"),
+    ("svg", r"^svg$"),
+    ("json", r"^json$"),
+    ("pdf", r"^pdf$"),
+    # img2dataset's own, of its --min_image_size and --max_aspect_ratio.
+    ("image too small", r"^image too small$"),
+    ("aspect ratio", r"^aspect ratio too large$"),
     ("scheme not allowed", r"^(<urlopen error )?scheme not allowed|^HTTP Error 3.*not allowed"),
     ("redirect", r"^HTTP Error 3"),
-    (DNS, r"Errno -\d+\]|nodename nor servname|name resolution|Name or service not known"),
+    (DNS, r"Errno -(?!8\])\d+\]|nodename nor servname|name resolution|Name or service not known"),
     ("timeout", r"timed out|Errno 110\]"),
     ("tls", r"SSL|_ssl\.c|certificate|TLS"),
     ("incomplete", r"IncompleteRead"),
@@ -33,6 +46,7 @@ _GROUPS = (
     ),
     ("missing file", r"Errno 2\]"),
     ("bad url", r"unknown url type|control characters|can't encode|nonnumeric port|IPv6 URL"),
+    ("bad url", r"Errno -8\]|port must be 0-65535"),  # EAI_SERVICE, OverflowError of the socket
     ("bad url", r"no host given|label (empty|too long)|InvalidURL|invalid literal for int"),
     ("too many pixels", r"CV_IO_MAX_IMAGE|validateInputImageSize"),
     ("not an image", r"Image decoding error|^OpenCV\("),

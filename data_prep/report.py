@@ -23,7 +23,6 @@ from data_prep.report_figures import draw
 from loaders.errors import run_cli
 from loaders.specs import as_path
 
-DNS_LIMIT = 0.05  # share of the rows from which on a resolver is to blame rather than dead sites
 _TOP_CONCEPTS = 20
 
 # Table 1 of UniCL (arXiv 2204.03610): images, concepts, vocabulary, images per concept; then the
@@ -176,13 +175,8 @@ def _details(facts: dict) -> list[str]:
             for reason, n in facts["reasons"].items()
         ]
         lines += ["", *_table(("not kept because", "rows", "of all attempted"), rows)]
-    if facts["dns_share"] > DNS_LIMIT:
-        lines += [
-            "",
-            f"**{_share(facts['dns_share'])} of the host names could not be resolved.** That many "
-            "point to the resolver, not to dead sites: run a local one (unbound or knot-resolver) "
-            f"and then `python data_prep/retry_failed.py {facts['folder']} --reasons dns`.",
-        ]
+    if facts["advice"]:
+        lines += ["", facts["advice"]]
     for key, numbers in facts["verified"].items():
         if numbers:
             count = len(numbers) if isinstance(numbers, list) else numbers

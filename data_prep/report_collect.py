@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep import folder
-from data_prep.reasons import DNS, OTHER, SUCCESS, reason_group
+from data_prep.download_advice import Hosts, leading_advice, resolver_advice
+from data_prep.reasons import DNS, OTHER, PRIVATE, SUCCESS, reason_group
 from data_prep.report_counts import SIZES, Files, Rows, Sizes, Texts
 from loaders.errors import DataError
 from loaders.manifest import MANIFEST
 from loaders.tarreader import ShardReader, open_index
 
-_COLUMNS = ("row", "status", "error_message", "caption", "sha256")
+_COLUMNS = ("row", "url", "status", "error_message", "caption", "sha256")
 _REASONS = 30  # messages of other tools are no fixed texts; the rest is counted as `other`
 
 
@@ -88,11 +89,12 @@ def iterate_captions(source: Source) -> Iterator[str]:
 
 def collect(source: Source) -> dict:
     """All facts but the concepts of captions. Keys are those of report.json."""
-    rows, texts, sizes, files = Rows(), Texts(), Sizes(), Files()
+    rows, texts, sizes, files, hosts = Rows(), Texts(), Sizes(), Files(), Hosts()
     labels = np.zeros(len(source.classes), dtype=np.int64)
     for tar in tqdm(source.every, unit="shard", desc=source.facts["name"], mininterval=1):
         table = _table(tar, [*_COLUMNS, *SIZES])
         rows.add(table)
+        hosts.add(table)
         if tar not in source.tars:
             continue
         if table is not None:
@@ -113,6 +115,8 @@ def collect(source: Source) -> dict:
         "bytes": sum(tar.stat().st_size for tar in source.tars),
         "shards": len(source.tars),
         **_yield(source, rows),
+        "hosts": {"asked": len(hosts.asked), "unresolved": len(hosts.unresolved)},
+        "advice": _advice(source, rows, hosts),
         "list": _list_facts(source.out),
         "verified": {key: manifest[key] for key in verified if key in manifest},
         "sizes": sizes.percentiles(),
@@ -149,6 +153,17 @@ def _yield(source: Source, rows: Rows) -> dict:
         "yield": share,
         "dns_share": reasons.get(DNS, 0) / found["attempted"] if found["attempted"] else 0.0,
     }
+
+
+def _advice(source: Source, rows: Rows, hosts: Hosts) -> str | None:
+    """What to do about rows that gave no image; None where rows are not known one by one."""
+    if not (source.stats and rows.known):
+        return None
+    found = rows.summary()
+    reasons, tried = found["reasons"], found["attempted"]
+    return resolver_advice(source.out, tried, reasons.get(DNS, 0), hosts) or (
+        leading_advice(source.out, reasons) if next(iter(reasons), None) == PRIVATE else None
+    )
 
 
 def _from_statistics(source: Source) -> dict:

@@ -41,6 +41,7 @@ from data_prep.expression import CannotEvaluate, Expression
 from data_prep.shard_writer import Unusable, permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import CAPTION_LINES, MANIFEST, ShardSet, open_shards
+from loaders.plain_text import text_lines
 from loaders.specs import as_path, local
 from loaders.tarreader import NO_LABEL, Member, ShardReader, iterate_members, open_index, sample_key
 
@@ -251,7 +252,7 @@ def select(shards: ShardSet, arguments: argparse.Namespace) -> tuple[np.ndarray,
         except OSError as error:
             raise DataError(f"{arguments.keys}: {error.strerror}; name a list of keys") from None
         text = data.decode("utf-8-sig", "surrogateescape")
-        mask = by_keys(shards, [line.partition("\t")[0] for line in text.splitlines()])
+        mask = by_keys(shards, [line.partition("\t")[0] for line in text_lines(text)])
         digest = hashlib.sha256(data).hexdigest()
         return mask ^ arguments.drop, {"keys_sha256": digest, "drop": arguments.drop}
     if arguments.where is not None:
@@ -302,6 +303,7 @@ def _fraction(text: str) -> Fraction:
 
 def main() -> None:
     arguments = parse_arguments()
+    folder.check_folder(arguments.out)
     check_closed(arguments.inputs)
     shards = open_shards(arguments.inputs)
     mask, selection = select(shards, arguments)
@@ -330,10 +332,13 @@ def main() -> None:
         extra={"inputs": inputs, "selection": {**selection, "of_samples": len(shards)}} | lines,
     )
     classes = [{**asdict(entry), "names": list(entry.names)} for entry in shards.classes]
+    # Before the set is begun: it refuses tars that were replaced since they were indexed.
+    copier = None if (out / folder.RUN).is_file() else Copier(shards, chosen)
     folder.begin(out, preparation, classes)
     if folder.missing(out, arguments.part, arguments.parts):
         order = chosen[permutation(len(chosen), arguments.seed)]
-        write_shards(out, order, Copier(shards, chosen), arguments.part, arguments.parts)
+        copier = copier or Copier(shards, chosen)
+        write_shards(out, order, copier, arguments.part, arguments.parts)
     print(f"next: python data_prep/verify.py {out}")
 
 

@@ -4,8 +4,9 @@
 
 The parquet files of the finished shards say what became of each row. Rows that never gave an
 image are grouped by their last reason, those of the chosen groups are appended to D/list/, and
-new shards are made of them; finished shards stay as they are. Images are stored as the set was
-begun. An interrupted retry is finished by the same command, before rows are chosen anew.
+new shards are made of them; finished shards stay as they are. Images are stored, and left out for
+their size or ratio, as the set was begun. An interrupted retry is finished by the same command,
+before rows are chosen anew.
 """
 
 import argparse
@@ -125,9 +126,9 @@ def main() -> None:
     img2ds.add_network_arguments(parser)
     arguments = parser.parse_args()
     out, reasons = arguments.folder, check_reasons(arguments.reasons)
-    preparation, index = folder.load(out), url_list.read_index(out)
+    preparation = folder.load(out)
     options = img2ds.options(arguments, **img2ds.from_identity(preparation.identity))
-    base = url_list.shard_count(_base(index), preparation.samples_per_shard)
+    base = url_list.base_shards(out)
     _plan_appended(out)  # a kill may have come between the list and the plan
     missing = folder.missing(out)
     if missing and missing[0] < base:

@@ -2,7 +2,8 @@
 
     D/list/NNNNN.parquet   url, caption, row (line of the source, from 0) and extra columns
     D/list/index.json      the input, the parameters, the files and what was counted; written last
-    D/list/rejected.tsv    line, reason and raw line of every row that is not in the files
+    D/list/rejected.tsv    line (as editors count, from 1), reason and text of every row that is
+                           not in the files
 
 Each file but the last holds `FILE_SHARDS` shards, so shard numbers run on over the sorted files.
 One process builds a list while others wait for it; a list without index.json is built again.
@@ -117,6 +118,13 @@ def shard_count(index: dict, samples_per_shard: int) -> int:
     return sum(-(-entry["rows"] // samples_per_shard) for entry in index["files"])
 
 
+def base_shards(out: Path) -> int:
+    """Number of shards that the set began with, appended ones left out."""
+    index = read_index(out)
+    files = [entry for entry in index["files"] if "appended" not in entry]
+    return shard_count({"files": files}, index["parameters"]["samples_per_shard"])
+
+
 def append(out: Path, table: pa.Table, prefix: str) -> dict:
     """Add the rows of `table` as files PREFIX-NNNNN.parquet; returns the new index.
 
@@ -176,9 +184,10 @@ def _write_list(out: Path, read_rows, input_paths: Sequence[Path], head: dict) -
     for scrap in home.glob("*.parquet"):  # of a process that was killed while it moved them
         scrap.unlink()
     try:
-        with _stage(out) as stage, open(stage / REJECTED, "w", encoding="ascii") as rejects:
+        with _stage(out) as stage, open(stage / REJECTED, "w", encoding="utf-8") as rejects:
             size = FILE_SHARDS * parameters["samples_per_shard"]
-            writer = ListWriter(stage, parameters["columns"], parameters["schemes"], size, rejects)
+            columns, schemes = parameters["columns"], parameters["schemes"]
+            writer = ListWriter(stage, columns, schemes, size, rejects, notes.starts)
             for item in read_rows(notes):
                 writer.add(item)
             writer.close()

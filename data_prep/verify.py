@@ -11,20 +11,19 @@ written.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep import folder
+from data_prep.verify_lock import alone
 from data_prep.verify_pool import check_all
 from data_prep.verify_shard import LABEL_FAULT, RESULTS, Task, kept_result
 from loaders.errors import DataError, run_cli
@@ -76,7 +75,7 @@ def verify(
     """
     start = time.monotonic()
     preparation = folder.load(out)
-    with _alone(out):
+    with alone(out):
         lost = _quarantine_unfinished(out)
         kind, classes = preparation.kind, len(folder.load_classes(out))
         tasks = [
@@ -93,6 +92,7 @@ def verify(
                 lost[shard] = result["fault"]
                 quarantine(out, shard, result["fault"])
         results = dict(sorted(results.items()))
+        _remove_empty_tars(out, results)
         _list_bad_samples(out, results)
         missing = folder.missing(out)
         if missing and not allow_missing:
@@ -159,28 +159,11 @@ def _quarantine_unfinished(out: Path) -> dict[int, str]:
     return reasons
 
 
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Refuse to run beside another verify.py, or while a part of the set is being prepared."""
-    for path in sorted((out / folder.WORK).glob("*.lock")):
-        with open(path) as lock:
-            if not _locked(lock, fcntl.LOCK_SH):
-                raise DataError(
-                    f"{out}: part {path.stem} is being prepared by another process; wait for it"
-                )
-    (out / RESULTS).mkdir(exist_ok=True)
-    with open(out / RESULTS / ".lock", "w") as lock:
-        if not _locked(lock, fcntl.LOCK_EX):
-            raise DataError(f"{out}: another verify.py works on it; wait for it")
-        yield
-
-
-def _locked(file, how: int) -> bool:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _remove_empty_tars(out: Path, results: dict[int, dict]) -> None:
+    """Remove tars without a sample: readers that are given a range of tars refuse them."""
+    for shard, result in results.items():
+        if not result["samples"]:
+            (out / folder.SHARDS / f"{folder.shard_name(shard)}.tar").unlink(missing_ok=True)
 
 
 def _list_bad_samples(out: Path, results: dict[int, dict]) -> None:

@@ -21,7 +21,7 @@ def check_all(name: str, tasks: Sequence[Task], workers: int) -> dict[int, dict]
     `workers`: processes; 1: this one. Raises `DataError` as `check_shard`, and when a worker is
     killed.
     """
-    sizes = {task.shard: task.tar.stat().st_size for task in tasks}
+    sizes = {task.shard: task.state()["bytes"] for task in tasks}
     tasks = sorted(tasks, key=lambda task: -sizes[task.shard])
     total = sum(sizes[task.shard] for task in tasks if task.successes)
     with tqdm(

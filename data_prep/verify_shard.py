@@ -32,7 +32,7 @@ RESULTS = "verify"
 MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LABEL_FAULT = "label: "
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 20
 _PARTS = ("image", "text", "json")
 
@@ -63,11 +63,12 @@ class Task:
 
     def state(self) -> dict:
         """What a kept result must agree with, besides the number of decoded images."""
-        stat, table = self.tar.stat(), self.tar.with_suffix(".parquet")
+        table = self.tar.with_suffix(".parquet")
+        stat = self.tar.stat() if self.successes or self.tar.exists() else None
         return {
             "version": _VERSION,
-            "bytes": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
+            "bytes": stat.st_size if stat else 0,
+            "mtime_ns": stat.st_mtime_ns if stat else None,
             "table_mtime_ns": table.stat().st_mtime_ns if table.exists() else None,
             "successes": self.successes,
             "kind": self.kind,
@@ -89,9 +90,9 @@ def kept_result(task: Task) -> dict | None:
 def check_shard(task: Task, read: Callable[[int], None] = lambda size: None) -> dict:
     """Check one tar; keep the result in D/verify/ if the tar is readable. `read` hears of bytes.
 
-    Returns the state of the tar with `samples`, `sha256`, `decoded` (number of images), `seconds`
-    (processor time), `bad` (list of key and reason), and `fault`: why it cannot be used, or None.
-    Raises `DataError` when that cannot be said: the disk fails, or the tar changes meanwhile.
+    Returns the state of the tar with `samples`, `sha256`, `decoded` (number of whole images),
+    `seconds` (processor time), `bad` (list of key and reason), and `fault`: why it cannot be used,
+    or None. Raises `DataError` when that cannot be said: the disk fails, or the tar changes.
     """
     start = time.process_time()
     try:
@@ -115,7 +116,10 @@ def check_shard(task: Task, read: Callable[[int], None] = lambda size: None) -> 
 
 
 def _check_empty(task: Task) -> dict:
-    """A shard of which every download failed: its tar must not hold an image."""
+    """A shard of which every download failed: a tar, if there is one, must not hold an image."""
+    nothing = {"samples": 0, "sha256": None, "decoded": 0, "bad": []}
+    if not task.tar.exists():
+        return nothing
     endings = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     try:
         names = [m.name for m in iterate_members(task.tar) if m.name.lower().endswith(endings)]
@@ -123,7 +127,7 @@ def _check_empty(task: Task) -> dict:
         raise Unreadable(str(error)) from None
     if names:
         raise Unreadable(f"{task.tar}: holds {names[0]!r}, but its statistics say 0 samples")
-    return {"samples": 0, "sha256": None, "decoded": 0, "bad": []}
+    return nothing
 
 
 def _check_samples(task: Task, size: int, read: Callable[[int], None]) -> dict:
@@ -131,20 +135,22 @@ def _check_samples(task: Task, size: int, read: Callable[[int], None]) -> dict:
     count = len(index) if task.decode is None else min(task.decode, len(index))
     chosen = np.zeros(len(index), dtype=bool)
     chosen[permutation(len(index), seed=task.shard)[:count]] = True
-    bad = []
+    bad, decoded = [], 0
     with open(task.tar, "rb", buffering=_CHUNK) as file:
         tape = _Tape(task.tar, file, read)
         for row, decode in zip(index, chosen, strict=True):
             members = _members(tape, row)
+            image_faults = list(_image_faults(members.get("image"), decode))
+            decoded += bool(decode and not image_faults)
             faults = [
                 *_label_faults(task, int(row["label"])),
-                *_image_faults(members.get("image"), decode),
+                *image_faults,
                 *_text_faults(members, task.kind == "image_text"),
             ]
             if faults:
                 bad.append([os.fsdecode(bytes(row["key"])), "; ".join(faults)])
         tape.skip_to(size)
-    return {"samples": len(index), "sha256": tape.hexdigest(), "decoded": count, "bad": bad}
+    return {"samples": len(index), "sha256": tape.hexdigest(), "decoded": decoded, "bad": bad}
 
 
 def _index(task: Task) -> np.ndarray:

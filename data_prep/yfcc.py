@@ -253,6 +253,7 @@ def main() -> None:
     options = img2ds.options(given, local_root=job.local_root)
     read: Callable = read_declip_rows if job.list_name == "declip" else read_metadata_rows
     images = job.images if job.local_root is None else str(job.local_root)
+    img2ds.check_out(given.out)
     index = url_list.build(
         given.out,
         lambda notes: read(job, notes),

@@ -202,14 +202,14 @@ def _join_tsv(path: Path, photos: Photos) -> Iterator[tuple[int, list[bytes] | N
     """Lines whose id is in the list: looked up a batch at a time, split only when found."""
     lines = (line for _, line in read_lines([path]))
     first = True
-    while batch := list(islice(lines, _BATCH)):
+    while (batch := list(islice(lines, _BATCH))) or first:
         heads = [line.split(b"\t", 2) for line in batch]
         counts = [line.count(b"\t") + 1 for line in batch[:1000]] if first else [TSV_COLUMNS]
         if TSV_COLUMNS not in counts:
             raise DataError(
                 f"{path}: no line of the first 1000 has {TSV_COLUMNS} columns (the first has "
-                f"{counts[0]}); wanted is the metadata of YFCC100M with line number, photo id and "
-                "hash in front, or its SQLite file"
+                f"{next(iter(counts), 0)}); wanted is the metadata of YFCC100M with line number, "
+                "photo id and hash in front, or its SQLite file"
             )
         first = False
         numbers = [h[1] if len(h) == 3 and _PHOTO_ID.fullmatch(h[1]) else b"-1" for h in heads]

@@ -28,6 +28,8 @@ OPTIONS = {
     "--image-seconds": 3,
     "--stall-minutes": 0.5,
     "--max-image-bytes": LIMIT,
+    "--min-image-size": 10,
+    "--max-aspect-ratio": 20,
     "--user-agent-token": "unicl-test",
 }
 
@@ -47,10 +49,10 @@ EXPECTED = (
         "/loop": "redirect",
         "/file.jpg": "scheme not allowed",
         "/ftp.jpg": "scheme not allowed",
-        "/html.jpg": "not an image",
+        "/html.jpg": "html page",
         "/short.jpg": "incomplete",
         "/truncated.jpg": "not an image",
-        "/zero.jpg": "not an image",
+        "/zero.jpg": "empty body",
         "/bomb.png": "too many pixels",
         "/huge.jpg": "too large",
         "/endless.jpg": "too large",
@@ -60,10 +62,26 @@ EXPECTED = (
         "/nohttp.jpg": "connection",
     }
     | {f"/jpeg/{number}.jpg": "success" for number in range(8, 11)}
+    | {
+        "/gzip.jpg": "success",
+        "/deflate.jpg": "success",
+        "/swollen.jpg": "too large",
+        "/brotli.jpg": "compressed body",
+        "/packed.jpg": "compressed body",
+        "/drawing.jpg": "svg",
+        "/answer.jpg": "json",
+        "/paper.jpg": "pdf",
+        "/nocontent.jpg": "http 204",
+        "/small.jpg": "image too small",
+        "/wide.jpg": "aspect ratio",
+        "/credentials.jpg": "credentials in url",
+        "/port.jpg": "bad url",
+    }
 )
 BODIES = {path: images()[path] for path in images()} | {
     f"/jpeg/{number}.jpg": jpeg(number) for number in range(11)
 }
+BODIES |= {"/gzip.jpg": jpeg(910), "/deflate.jpg": jpeg(911)}
 BODIES |= {"/redirect.jpg": jpeg(900), "/hops/5": images()["/redirect5.jpg"]}
 
 

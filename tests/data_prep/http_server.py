@@ -7,11 +7,13 @@
 address first.
 """
 
+import gzip
 import io
 import socket
 import struct
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,8 +123,11 @@ class Server(ThreadingHTTPServer):
         self.closing = threading.Event()
 
     def url(self, path: str) -> str:
-        """Address of a path."""
-        return f"http://{self.host}:{self.port}{path}"
+        """Address of a path; of some the trouble is in the address."""
+        if path == "/port.jpg":
+            return f"http://{self.host}:99999{path}"
+        login = "user:pw@" if path == "/credentials.jpg" else ""
+        return f"http://{login}{self.host}:{self.port}{path}"
 
     def handle_error(self, request, client_address) -> None:
         """Clients that hang up are part of the tests."""
@@ -207,6 +212,43 @@ class Handler(BaseHTTPRequestHandler):
 
     def trouble_html(self) -> None:
         self.answer(b"<!doctype html><p>not here any more", [("Content-Type", "image/jpeg")])
+
+    def trouble_gzip(self) -> None:
+        self.answer(gzip.compress(jpeg(910)), [("Content-Encoding", "gzip")])
+
+    def trouble_deflate(self) -> None:
+        """Without the header of zlib, as some servers send it."""
+        packer = zlib.compressobj(wbits=-15)
+        body = packer.compress(jpeg(911)) + packer.flush()
+        self.answer(body, [("Content-Encoding", "deflate")])
+
+    def trouble_swollen(self) -> None:
+        """A few kilobytes that are more than the limit when decompressed."""
+        self.answer(gzip.compress(bytes(LIMIT + 1)), [("Content-Encoding", "gzip")])
+
+    def trouble_brotli(self) -> None:
+        self.answer(jpeg(912), [("Content-Encoding", "br")])
+
+    def trouble_packed(self) -> None:
+        self.answer(gzip.compress(jpeg(913)))
+
+    def trouble_drawing(self) -> None:
+        self.answer(b'<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="http://www.w3.org/2000/svg"/>')
+
+    def trouble_answer(self) -> None:
+        self.answer(b'{"error": "gone"}')
+
+    def trouble_paper(self) -> None:
+        self.answer(b"%PDF-1.7\n%%EOF")
+
+    def trouble_nocontent(self) -> None:
+        self.answer(b"", status=204)
+
+    def trouble_small(self) -> None:
+        self.answer(encode(picture(920, (40, 8)), "PNG"))
+
+    def trouble_wide(self) -> None:
+        self.answer(encode(picture(921, (400, 12)), "JPEG"))
 
     def trouble_short(self) -> None:
         self.answer(jpeg(902)[:1000], length=len(jpeg(902)))

@@ -29,7 +29,9 @@ def read_table(out: Path) -> pa.Table:
 
 
 def read_rejected(out: Path) -> list[tuple[int, str, bytes]]:
-    lines = (out / "list" / "rejected.tsv").read_text("ascii").splitlines()
+    """Row (from 0), reason and raw line of each."""
+    head, *lines = (out / "list" / "rejected.tsv").read_text("ascii").splitlines()
+    assert head == "line\treason\ttext"
     fields = [line.split("\t") for line in lines]
-    return [(int(n), why, raw.encode().decode("unicode_escape").encode("latin-1"))
+    return [(int(n) - 1, why, raw.encode().decode("unicode_escape").encode("latin-1"))
             for n, why, raw in fields]  # fmt: skip

@@ -205,6 +205,21 @@ def test_archive_labels_are_numbers_only_when_no_name_fits(tmp_path, monkeypatch
     assert labelled(found) == Counter((d, texts("dtd").index(n)) for n, _, d in rows)
 
 
+def test_an_empty_line_among_class_names_is_refused(tmp_path, monkeypatch):
+    """Without it, all names after it would move to other numbers; at the end it is nothing."""
+    rows = [(n, f"{n}.jpg", picture()) for n in texts("dtd")]
+    as_archive(tmp_path / "in", rows, names=texts("dtd"))
+    labels = tmp_path / "in/classification/dtd_20211007/labels.txt"
+    options = {"set": "dtd", "split": "test", "from": "folder", "root": tmp_path / "in"}
+    labels.write_text("\ufeff" + "\r\n".join([*texts("dtd"), "", ""]))
+    assert len(run(monkeypatch, tmp_path / "out", **options, expected_images=len(rows))) == len(
+        rows
+    )
+    labels.write_text("\n".join([*texts("dtd")[:3], "", *texts("dtd")[3:]]))
+    with pytest.raises(DataError, match=r"labels\.txt, line 4: empty"):
+        run(monkeypatch, tmp_path / "gap", **options, expected_images=len(rows))
+
+
 def test_coco_labels_are_numbers_only_when_no_name_fits(tmp_path, monkeypatch):
     words = ["left or right", "near", "far", "none"]
     rows = [(words[i % 4], f"{i}.png", picture("PNG")) for i in range(8)]

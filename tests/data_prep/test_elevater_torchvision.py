@@ -258,7 +258,7 @@ def kitti_mapping(folder_, images=60, videos=25):
     for image, line in enumerate(lines):
         content[line] = f"2011_09_26 {video[image]} {image:010d}"
     put(folder_ / "train_mapping.txt", "\n".join(content) + "\n")
-    put(folder_ / "train_rand.txt", ",".join(str(line + 1) for line in lines) + "\n")
+    put(folder_ / "train_rand.txt", "\ufeff" + ",".join(str(line + 1) for line in lines) + "\n")
     return video
 
 

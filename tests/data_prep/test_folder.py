@@ -84,10 +84,12 @@ def test_a_set_is_what_its_run_yaml_says(tmp_path):
         ({"name": "other"}, "name: 'toy' there, 'other' now"),
         ({"kind": "image_text"}, "kind: 'image_label' there, 'image_text' now"),
         ({"identity": {"input_sha256": "bb", "seed": 1}}, "input_sha256: 'aa' there, 'bb' now"),
+        ({"identity": {**SET.identity, "input_sha256": "b" * 64}},
+         "(input_sha256: other images or labels in the source)"),
         ({"identity": {"input_sha256": "aa"}}, "seed: 1 there, None now"),
         ({"identity": {**SET.identity, "size": 3}}, "size: None there, 3 now"),
     ],
-)
+)  # fmt: skip
 def test_another_set_is_refused(tmp_path, change, words):
     prepare(tmp_path)
     before = tars(tmp_path)

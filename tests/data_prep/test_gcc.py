@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_prep import folder, gcc, url_list
 from data_prep.list_rows import Notes, Rejected, Row
 from loaders.errors import DataError
+from tests.data_prep.list_parts import read_rejected
 
 SCRIPT = Path(gcc.__file__)
 
@@ -105,12 +106,7 @@ def test_bad_lines_lose_no_good_ones(tmp_path):
     assert read_table(tmp_path / "d").to_pylist() == [
         dict(zip(columns, row, strict=True)) for row in kept
     ]
-    written = (tmp_path / "d/list/rejected.tsv").read_text("ascii").splitlines()
-    found = [line.split("\t") for line in written]
-    assert [
-        Rejected(int(row), why, raw.encode().decode("unicode_escape").encode("latin-1"))
-        for row, why, raw in found
-    ] == rejected
+    assert [Rejected(*fields) for fields in read_rejected(tmp_path / "d")] == rejected
     assert sum(index["rejected"].values()) == len(rejected)
     assert index["notes"] == {
         "captions with a tab, now a blank": 3,
@@ -132,7 +128,7 @@ def test_header_is_named(tmp_path, capsys):
     path = tmp_path / "list.tsv"
     path.write_bytes(b"caption\turl\nc\thttp://host/1\n")
     assert len(list(gcc.read_pairs([path], False, Notes()))) == 1
-    assert "line 0: a header (caption\turl), skipped" in capsys.readouterr().err
+    assert "line 1: a header (caption\turl), skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])
@@ -200,6 +196,26 @@ def test_rows_run_on_over_files(tmp_path):
     ]
     rows = list(gcc.read_pairs(paths, False, Notes()))
     assert [(row.row, row.url) for row in rows] == [(i, f"http://host/{i}.jpg") for i in range(6)]
+
+
+def test_byte_order_marks_and_empty_lines_at_the_end_are_no_rows(tmp_path):
+    """Of each file; rejected lines are named as an editor does."""
+    paths = [tmp_path / "1.tsv", tmp_path / "2.tsv"]
+    paths[0].write_bytes("\ufeffa\thttp://host/1\r\n\r\nbad\r\n\r\n\r\n".encode())
+    paths[1].write_bytes("\ufeffcaption\turl\nbad\n\ufeffb\thttp://host/2\n\n".encode())
+    index = url_list.build(
+        tmp_path / "d", lambda notes: gcc.read_pairs(paths, False, notes), paths, {}, 10
+    )
+    table = read_table(tmp_path / "d")
+    assert table["caption"].to_pylist() == ["a", "\ufeffb"]
+    assert table["row"].to_pylist() == [0, 7]
+    assert index["rejected"] == {"one column only": 2, "blank line": 1}
+    assert (tmp_path / "d/list/rejected.tsv").read_text().splitlines() == [
+        "line\treason\ttext",
+        f"{paths[0]}:2\tblank line\t",
+        f"{paths[0]}:3\tone column only\tbad",
+        f"{paths[1]}:2\tone column only\tbad",
+    ]
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

@@ -30,6 +30,12 @@ def make_images():
     return {synset: images[synset] for synset in reversed(CHOSEN)}
 
 
+def expected(images, exclude=False):
+    """The flags that state a release smaller than the official one."""
+    left = {s: f for s, f in images.items() if f and not (exclude and s in IN1K)}
+    return ["--expected-classes", len(left), "--expected-images", sum(map(len, left.values()))]
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """A release as a tar of class tars, below a folder, in no order."""
@@ -78,6 +84,7 @@ def samples(out):
 def test_shards_are_the_archive(archive, call, tmp_path, exclude):
     arguments = ["--archive", archive, "--release", "fall11", "--out", tmp_path / "out"]
     arguments += ["--samples-per-shard", 50, *(["--exclude-in1k"] if exclude else [])]
+    arguments += expected(make_images(), exclude)
     text = call(*arguments)
     truth = {}
     with tarfile.open(archive) as outer:
@@ -99,7 +106,6 @@ def test_shards_are_the_archive(archive, call, tmp_path, exclude):
     name = "imagenet21k" if exclude else "imagenet22k"
     assert f"{name}: {len(classes)} classes, {left} images" in text
     assert "in1k classes in archive: 30" in text
-    assert "note: 120 classes with images, but fall11 is said to have 21841" in text
     preparation = folder.load(tmp_path / "out")
     assert preparation.name == name
     assert preparation.attempted == left == len(samples(tmp_path / "out"))
@@ -120,24 +126,23 @@ def test_shards_are_the_archive(archive, call, tmp_path, exclude):
 
 
 def test_winter21_says_that_it_is_not_the_papers(archive, call, tmp_path):
-    text = call("--archive", archive, "--release", "winter21", "--out", tmp_path / "out")
+    common = ("--archive", archive, "--out", tmp_path / "out", *expected(make_images()))
+    text = call(*common, "--release", "winter21")
     assert "release note: not ImageNet-22K of the UniCL paper" in text
-    assert "winter21 is said to have 19167" in text
     preparation = folder.load(tmp_path / "out")
     assert preparation.name == "imagenet_winter21"
     assert preparation.extra["release_note"].startswith("not ImageNet-22K")
     assert preparation.samples_per_shard == 10_000
     with pytest.raises(DataError, match="release: 'winter21' there, 'fall11' now"):
-        call("--archive", archive, "--release", "fall11", "--out", tmp_path / "out")
+        call(*common, "--release", "fall11")
+    others = expected(make_images(), exclude=True)
     with pytest.raises(DataError, match="exclude_in1k: False there, True now"):
-        call(
-            *("--archive", archive, "--release", "winter21", "--out", tmp_path / "out"),
-            "--exclude-in1k",
-        )
+        call(*common, "--release", "winter21", "--exclude-in1k", *others)
 
 
 def test_folders_give_the_same_shards(archive, call, tmp_path):
     common = ["--release", "fall11", "--exclude-in1k", "--samples-per-shard", 40]
+    common += expected(make_images(), exclude=True)
     call("--archive", archive, "--out", tmp_path / "tar", *common)
     layout.unpack(make_images(), tmp_path / "folders")
     (tmp_path / "tars").mkdir()
@@ -151,12 +156,19 @@ def test_folders_give_the_same_shards(archive, call, tmp_path):
 def test_expected_numbers(archive, call, tmp_path):
     common = ["--archive", archive, "--release", "fall11", "--out", tmp_path / "out"]
     total = sum(map(len, make_images().values()))
+    official = r"120 classes, expected 21841 \(release fall11.*--expected-classes 120"
+    with pytest.raises(DataError, match=official):
+        call(*common)
+    with pytest.raises(DataError, match="120 classes, expected 19167"):
+        call(*common[:3], "winter21", *common[4:])
+    with pytest.raises(DataError, match=f"{total} images, expected 14197122"):
+        call(*common, "--expected-classes", 120)
     for option, number, words in (
         ("--expected-classes", 21841, "120 classes to write, but --expected-classes 21841"),
         ("--expected-images", 9, f"{total} images to write, but --expected-images 9"),
     ):
         with pytest.raises(DataError, match=words):
-            call(*common, option, number)
+            call(*common, "--expected-classes", 120, option, number)
     assert not (tmp_path / "out" / "run.yaml").exists()
     with pytest.raises(DataError, match="90 classes to write, but --expected-classes 120"):
         call(*common, "--exclude-in1k", "--expected-classes", 120)
@@ -166,6 +178,7 @@ def test_expected_numbers(archive, call, tmp_path):
 
 def test_killed_and_started_again(archive, tmp_path):
     base = ["--archive", archive, "--release", "fall11", "--samples-per-shard", 5]
+    base += expected(make_images())
     run(*base, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
     command = [sys.executable, SCRIPT, *map(str, base), "--out", str(out)]
@@ -185,7 +198,8 @@ def test_classes_without_images_are_left_out(call, tmp_path):
     images = {**make_images(), "n00004475": {}}
     images["n00005787"] = {"readme.txt": b"x", **images["n00005787"]}
     (tmp_path / "a.tar").write_bytes(layout.train_tar(images))
-    text = call("--archive", tmp_path / "a.tar", "--release", "fall11", "--out", tmp_path / "out")
+    text = call("--archive", tmp_path / "a.tar", "--release", "fall11", "--out", tmp_path / "out",
+                *expected({**images, "n00005787": make_images()["n00005787"]}))  # fmt: skip
     # It was the first class.
     assert "note: 1 classes without images are left out: n00004475" in text
     assert "note: files without the name of an image: n00005787/readme.txt" in text
@@ -199,7 +213,7 @@ def test_images_named_for_another_class(call, tmp_path):
     images[one][f"{two}_77.JPEG"] = layout.picture(1)
     (tmp_path / "a.tar").write_bytes(layout.train_tar(images))
     common = ["--release", "fall11", "--out", tmp_path / "out"]
-    text = call("--archive", tmp_path / "a.tar", *common)
+    text = call("--archive", tmp_path / "a.tar", *common, *expected(images))
     assert "note: 1 images are named for another class than they lie in" in text
     images = make_images()
     images[one], images[two] = images[two], images[one]
@@ -213,7 +227,8 @@ def test_what_is_no_image_is_counted_not_written(call, tmp_path):
     images[CHOSEN[0]][f"{CHOSEN[0]}_99.JPEG"] = b"<html>gone</html>"
     images[CHOSEN[0]][f"{CHOSEN[0]}_98.JPEG"] = b""
     (tmp_path / "a.tar").write_bytes(layout.train_tar(images))
-    call("--archive", tmp_path / "a.tar", "--release", "fall11", "--out", tmp_path / "out")
+    call("--archive", tmp_path / "a.tar", "--release", "fall11", "--out", tmp_path / "out",
+         *expected(images))  # fmt: skip
     total = sum(map(len, images.values()))
     assert len(samples(tmp_path / "out")) == total - 2
     stats = folder.finished(tmp_path / "out")[0]
@@ -238,7 +253,8 @@ def test_refusals(archive, call, tmp_path):
             call("--archive", tmp_path / f"in_{name}", *out)
     layout.unpack({"n99999999": {"a.JPEG": layout.picture(1)}}, tmp_path / "unknown")
     with pytest.raises(DataError, match="no synset 'n99999999'"):
-        call("--archive", tmp_path / "unknown", *out)
+        call("--archive", tmp_path / "unknown", *out, "--expected-classes", 1,
+             "--expected-images", 1)  # fmt: skip
     only = {s: {f"{s}_1.JPEG": layout.picture(1)} for s in sorted(IN1K)[:3]}
     layout.unpack(only, tmp_path / "in1k")
     with pytest.raises(DataError, match="no class is left"):

@@ -189,6 +189,11 @@ def test_strange_ground_truth(truth, words, refused, tmp_path):
     assert words in message
 
 
+def test_ground_truth_of_another_editor(tmp_path):
+    data = "\ufeff3\r\n1\r\n\r\n".encode()
+    assert imagenet_devkit._parse_truth(tmp_path, data, 3) == [3, 1]
+
+
 def test_strange_kits(source, refused, tmp_path):
     (tmp_path / "val.tar").write_bytes(layout.pack(layout.val_images(3)))
     val = ("--split", "val", "--tar", tmp_path / "val.tar", "--devkit")

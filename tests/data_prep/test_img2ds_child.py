@@ -1,14 +1,16 @@
 """The opener of the child process, the groups of reasons, and options that cannot work."""
 
+import gzip
 import shutil
 import ssl
 import subprocess
 import threading
 import urllib.request
+import zlib
 
 import pytest
 
-from data_prep import img2ds, img2ds_child
+from data_prep import img2ds, img2ds_body, img2ds_child
 from data_prep.reasons import FAILURES, reason_group
 from loaders.errors import ConfigError
 from tests.data_prep import http_server
@@ -143,6 +145,10 @@ def test_public_addresses(address, public):
         ("nonnumeric port: 'x'", "bad url"),
         ("IncompleteRead(1000 bytes read, 5533 more expected)", "incomplete"),
         ("Image decoding error", "not an image"),
+        ("<urlopen error [Errno -8] Servname not supported for ai_socktype>", "bad url"),
+        ("compressed body (br)", "compressed body"),
+        ("image too small", "image too small"),
+        ("aspect ratio too large", "aspect ratio"),
         ("something new", "other"),
         ("", "other"),
         ("success", "success"),
@@ -153,10 +159,69 @@ def test_reason_groups(message, group):
     assert group in (*FAILURES, "success")
 
 
+@pytest.mark.parametrize(
+    ("body", "other"),
+    [
+        (b"", "empty body"),
+        (b"\xef\xbb\xbf \n<!-- a --><!DOCTYPE HTML>", "html page"),
+        (b"<script>location='/'</script>", "html page"),
+        (b"<!DOCTYPE svg PUBLIC><svg/>", "svg"),
+        (b"<?xml version='1.0'?><Error/>", None),
+        (b" [1, 2]", "json"),
+        (b"{no json", None),
+        (b"%PDF-1.4", "pdf"),
+        (gzip.compress(b"x"), "compressed body (gzip, not announced)"),
+        (b"P6 1 1 255 \0\0\0", None),
+        (b"\xff\xd8\xff\xe0<html>", None),
+        (b"[" * 100_000, None),
+    ],
+)
+def test_bodies_that_are_no_images_are_named(body, other):
+    assert img2ds_body.name_other(body) == other
+
+
+def test_encoded_bodies_are_decoded_within_the_limit():
+    image = http_server.jpeg(1)
+    packed, limit = gzip.compress(image), len(image)
+    for body, encoding in (
+        (packed, "gzip"),
+        (packed, "X-GZIP, identity"),
+        (zlib.compress(image), "deflate"),
+        (gzip.compress(zlib.compress(image)), "deflate, gzip"),
+        (image, ""),
+        (image, "gzip"),  # claimed, not done
+    ):
+        assert img2ds_body.decompress(body, encoding, limit + 99) == image
+    for body, encoding, words in (
+        (packed[:-20], "gzip", "compressed body .gzip, damaged"),
+        (image, "deflate", "compressed body .deflate, damaged"),
+        (image, "zstd", "compressed body .zstd"),
+        (image, "gzip," * 6, "compressed body .6 encodings"),
+    ):
+        with pytest.raises(img2ds_body.NoImage, match=words):
+            img2ds_body.decompress(body, encoding, limit)
+    assert img2ds_body.decompress(packed, "gzip", limit) == image
+    with pytest.raises(img2ds_body.NoImage, match="too large"):
+        img2ds_body.decompress(packed, "gzip", limit - 1)
+
+
+def test_limits_are_part_of_the_plan_where_they_are_in_force():
+    assert img2ds.identity(img2ds.Options(), 10).keys().isdisjoint(img2ds._LIMITS)
+    plan = img2ds.identity(img2ds.Options(min_image_size=64, max_aspect_ratio=3.0), 10)
+    assert (plan["min_image_size"], plan["max_aspect_ratio"]) == (64, 3.0)
+    for options in (img2ds.Options(), img2ds.Options(min_image_size=64, max_aspect_ratio=3.0)):
+        again = img2ds.from_identity(img2ds.identity(options, 10))
+        assert img2ds.Options(**{**again, "disallowed_header_directives":
+                                 options.disallowed_header_directives}) == options  # fmt: skip
+
+
 def test_options_that_cannot_work_are_refused():
     for wrong in (
         {"threads": 0},
         {"encode_quality": 101},
+        {"min_image_size": -1},
+        {"max_aspect_ratio": 0.5},
+        {"max_aspect_ratio": float("nan")},
         {"retries": -1},
         {"stall_minutes": 1.0, "image_seconds": 30.0, "retries": 1},
     ):

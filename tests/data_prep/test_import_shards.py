@@ -1,5 +1,6 @@
 """import_shards.py: tars of others become a set, and nothing is written beside them."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -199,18 +200,9 @@ def test_labels_that_do_not_fit_the_classes(tmp_path, run):
     # Not a matter of single tars, so not skipped.
     with pytest.raises(DataError, match=r"00000\.tar: sample '000000002' has label 2, not one of"):
         run(place, "--classes", path, "--skip-unreadable", kind="image_label")
+    path.unlink()  # one folder above the tars, it would be read as by the loader
     with pytest.raises(ConfigError, match="image_label needs --classes"):
         run(place, kind="image_label", name="none")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("a.json", "[]"), ("a.json", '{"classes": [{"id": 1, "names": ["x"]}]}'), ("a.json", "{")],
-)
-def test_wrong_class_tables(tmp_path, run, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=r"a\.json: (not a class table|class ids must be 0 to 0)"):
-        run(dump(tmp_path / "dump"), "--classes", tmp_path / name, kind="image_label")
 
 
 # Tars that cannot be used.
@@ -252,7 +244,7 @@ def test_all_broken_tars_are_listed_and_nothing_is_imported(broken, tmp_path):
         assert line.startswith(f"  {place / f'{number:05d}.tar'}: ")
         assert reason in line
     assert lines[-1].endswith("add --skip-unreadable")
-    assert list((tmp_path / "out" / "shards").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["work"]
     assert listing(place) == before
 
 
@@ -306,12 +298,35 @@ def test_statistics_of_others_are_checked(tmp_path, run):
 
 def test_other_tars_in_the_same_folder_are_refused(tmp_path, run):
     run(dump(tmp_path / "dump"))
-    with pytest.raises(DataError, match=r"holds another set .*tars: 3 there, 2 now"):
-        run(dump(tmp_path / "other", counts=(1, 2)))
-    table = tmp_path / "classnames.txt"
+    other = dump(tmp_path / "other", counts=(1, 2))
+    words = rf"holds another set .*tars: 3 there, 2 now; only there: {tmp_path}/dump/00000\.tar"
+    with pytest.raises(DataError, match=words) as refused:
+        run(other)
+    assert f"only now: {other}/00000.tar" in str(refused.value)
+    table = tmp_path / "names.txt"
     table.write_text("cat\n")
-    with pytest.raises(DataError, match="classes_sha256"):
+    with pytest.raises(DataError, match="class table: 0 classes there, 1 now") as refused:
         run(tmp_path / "dump", "--classes", table)
+    assert "sha256" not in str(refused.value)
+
+
+def test_a_refused_import_leaves_the_folder_to_the_right_one(tmp_path, run):
+    """A compressed tar alone, beside good ones, and labels that do not fit."""
+    place = dump(tmp_path / "dump")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "00000.tar").write_bytes(gzip.compress((place / "00000.tar").read_bytes()))
+    with pytest.raises(DataError, match="1 of 1 tars cannot be used"):
+        run(bad)
+    assert not (tmp_path / "out").exists()
+    (bad / "00001.tar").write_bytes((place / "00001.tar").read_bytes())
+    with pytest.raises(DataError, match="1 of 2 tars cannot be used"):
+        run(bad)
+    table = tmp_path / "names.txt"
+    table.write_text("cat\n")
+    with pytest.raises(DataError, match="has label 1, not one of 0 to 0"):
+        run(place, "--classes", table, kind="image_label")
+    assert verify(run(place)).samples == 12
 
 
 def test_a_finished_import_is_left_alone(tmp_path, run):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep import concepts, folder
 from data_prep.reasons import reason_group
-from data_prep.report import PUBLISHED, markdown, published, report
+from data_prep.report import PUBLISHED, published, report
 from data_prep.report_collect import captions_of, collect, open_source
 from data_prep.report_counts import Rows, Texts
 from data_prep.shard_writer import Unusable, permutation, write_shards
@@ -57,6 +57,7 @@ def download(out, shard, rows):
             {
                 "key": f"{shard}{n:04d}",
                 "row": row,
+                "url": f"http://host{row}.example/{row}.jpg",
                 "caption": caption,
                 "status": "success" if kept else "failed_to_download",
                 "error_message": error,
@@ -248,20 +249,6 @@ def test_distinct_words_fold_case_and_punctuation():
     texts = Texts()
     texts.add(["A dog, a Dog! - «Hund» isn't", "Übung übung ."])
     assert texts.words - {""} == {"a", "dog", "hund", "isn't", "übung"}
-
-
-@pytest.mark.parametrize(("failed", "advice"), [(1, False), (2, True)])
-def test_many_unresolved_hosts_bring_the_advice(tmp_path, failed, advice):
-    """Above 5 percent: 1 of 20 is not, 2 of 20 are."""
-    begin(tmp_path / "D", size=20, attempted=20)
-    rows = [(n, "x", DNS if n < failed else None, str(n)) for n in range(20)]
-    download(tmp_path / "D", 0, rows)
-    facts = collect(open_source(tmp_path / "D"))
-    assert facts["dns_share"] == failed / 20
-    facts |= {"table_1": dict.fromkeys(("images", "concepts", "vocabulary", "images_per_concept"))}
-    text = markdown([facts])
-    assert ("run a local one (unbound or knot-resolver)" in text) == advice
-    assert (f"retry_failed.py {tmp_path / 'D'} --reasons dns" in text) == advice
 
 
 def test_a_labelled_set_from_files(tmp_path):

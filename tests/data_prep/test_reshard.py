@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_the_new_set_is_closed_with_kind_classes_and_provenance(made, run, capsy
     assert (manifest["source"], manifest["license"]) == ("source of toy", "CC0")
     assert manifest["selection"] == {"fraction": "1/2", "complement": False, "of_samples": TOTAL}
     assert manifest["yield"] == {"attempted": 11, "kept": 11}
+
+
+def test_a_tar_that_was_replaced_is_refused_before_the_set_is_begun(tmp_path, run):
+    """Of equal size and time of change, so that its index seems to be right."""
+    place = tmp_path / "d"
+    tar = write_tar(place / "0.tar", sample("1", 0, txt=b"a"))
+    open_shards(place, kind="image_text")
+    stat = tar.stat()
+    write_tar(tar, sample("2", 0, txt=b"a"))
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match="not those of its index"):
+        run("out", place, "--where", "True")
+    assert not (tmp_path / "out").exists()
+    write_tar(tmp_path / "e" / "0.tar", sample("2", 0, txt=b"a"))
+    run("out", tmp_path / "e", "--where", "True")
 
 
 def test_origin_of_an_earlier_run_is_kept(made, run):

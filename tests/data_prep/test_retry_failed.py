@@ -69,7 +69,7 @@ def test_temporary_failures_are_tried_again_in_new_shards(out, mended):
     assert row["caption"] == '"caption of /mended.jpg'
     assert folder.load(out).shards == BASE_SHARDS + 1
     assert folder.load(out).attempted == len(PATHS)
-    assert f"kept 1 of {len(FAILED)} rows" in done.stdout
+    assert f"kept 1 of {len(FAILED)} rows ({len(FAILED)} of them tried again)" in done.stdout
     numbers, groups = retry_failed.failed_rows(out)
     assert numbers.tolist() == [r for r, p in enumerate(PATHS)
                                 if EXPECTED[p] != "success" and p != "/mended.jpg"]  # fmt: skip

@@ -238,6 +238,11 @@ def test_a_shard_of_which_every_download_failed(made):
     assert manifest["yield"] == {"attempted": 12, "kept": 8}
     assert "00001.tar" not in json.loads((made / "shards" / "sizes.json").read_bytes())
     assert len(open_shards(made)) == 8
+    # A range or glob of tars meets none without a sample, and the set stays as it is.
+    assert not (made / "shards" / "00001.tar").exists()
+    assert len(open_shards(made / "shards" / "*.tar", kind="image_text")) == 8
+    assert verify(made).samples == 8
+    assert verify(made).checked == 0
     assert folder.missing(made) == []
     assert verify(made).checked == 0
     for shard in (0, 2):

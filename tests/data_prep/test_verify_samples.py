@@ -121,8 +121,12 @@ def test_sampled_decoding_is_seeded(made):
         parts = [sample(f"{2000 + i:06d}", i, txt=b"x") for i in range(SIZE)]
         parts[position][0] = (parts[position][0][0], encoded(0)[:300])
         put(made, 2, [*chain(*parts)])
-        assert verify(made, decode=2).bad == (position in chosen)
-        assert verify(made).bad == 1
+        sampled, whole = verify(made, decode=2), verify(made)
+        assert sampled.bad == (position in chosen)
+        # What did not decode is not counted; the other shards were read in the first run.
+        assert sampled.decoded == 2 * (3 if position == 0 else 1) - sampled.bad
+        assert (whole.bad, whole.decoded % SIZE) == (1, SIZE - 1)
+        assert json.loads((made / "manifest.json").read_bytes())["decoded_samples"] == 3 * SIZE - 1
 
 
 def test_reshard_drops_what_is_listed(made, tmp_path):

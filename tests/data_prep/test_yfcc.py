@@ -194,8 +194,8 @@ def test_bad_rows_lose_no_good_ones(tmp_path, form):
     }
     assert index["notes"] == {"photos twice in the metadata, the first was taken": 1}
     rejected = (tmp_path / "d/list/rejected.tsv").read_text()
-    assert f"14\tnot in the metadata\t{photos[11]['photoid']}\n" in rejected
-    assert f"15\tphoto id again\t{photos[1]['photoid']}\n" in rejected
+    assert f"15\tnot in the metadata\t{photos[11]['photoid']}\n" in rejected
+    assert f"16\tphoto id again\t{photos[1]['photoid']}\n" in rejected
 
 
 def test_join_over_batches(tmp_path):
