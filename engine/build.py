@@ -8,7 +8,8 @@ from torch import nn
 
 import losses
 import models
-from engine import config, ds
+from engine import config, ds, identity
+from engine.schedule import learning_rate
 from loaders import texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
 from loaders.errors import ConfigError, DataError
@@ -17,13 +18,6 @@ from loaders.manifest import ShardSet, open_shards
 from loaders.order import Order, Source, plan_streams
 from losses._method import Method
 from models.config import ModelConfig
-
-# A continuation must agree with its checkpoint in these; the rest of the configuration may change.
-IDENTITY = (
-    "seed", "loss", "model", "train.global_batch", "data.sampler", "data.ratios",
-    "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
-    "data.templates", "data.augmentation", "data.decode",
-)  # fmt: skip
 
 
 @dataclass
@@ -48,10 +42,12 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What a continuation must have in common with this run."""
-        plain = OmegaConf.to_container(self.cfg, resolve=True)
-        facts = {key: _select(plain, key) for key in IDENTITY}
-        facts["data"] = {source.name: source.fingerprint for source in self.sources}
-        return facts
+        data = {source.name: source.fingerprint for source in self.sources}
+        return identity.facts(OmegaConf.to_container(self.cfg, resolve=True), data)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the update number `step` (0-based)."""
+        return rate(step, self.steps, self.warmup, self.rates, self.cfg.optim.schedule)
 
     def describe(self) -> str:
         """The plan in words, printed at the start and by --dry-run."""
@@ -83,6 +79,11 @@ class Plan:
             f"{str(ds.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
         return "\n".join(lines)
+
+
+def rate(step: int, steps: int, warmup: int, rates: dict[str, float], schedule: str) -> float:
+    """Learning rate of the update number `step` (0-based); `rates`: of `config.learning_rates`."""
+    return learning_rate(step, steps, warmup, **rates, schedule=schedule)
 
 
 def plan(cfg: DictConfig, world_size: int) -> Plan:
@@ -193,9 +194,3 @@ def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method
     for needed, kind in ((method.needs_labels, "image_label"), (method.needs_pairs, "image_text")):
         if needed and kind not in kinds:
             raise ConfigError(f"loss.name={cfg.loss.name} needs data.{kind}")
-
-
-def _select(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

@@ -97,26 +97,35 @@ class Meter:
 
 class RunLog:
     """The run folder's `log.txt` and `metrics.jsonl`, the console, and the mirrors of
-    `log.report_to`; silent but on rank 0.
+    `log.report_to`; silent but on rank 0. Until `begin` it can only speak.
 
     Args:
-        folder: the run folder. step: steps already done; later lines of an earlier attempt are
-            cut from metrics.jsonl, so that every step stands there once. steps: of the run.
-        cfg: of the run.
+        folder: the run folder, made if missing. steps: of the run. cfg: of the run.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, cfg: DictConfig):
+    def __init__(self, folder: Path, steps: int, cfg: DictConfig):
         self.active = dist.rank() == 0
-        self.steps = steps
-        if not self.active:
-            return
+        self.folder, self.steps, self.cfg = folder, steps, cfg
         self.metrics = folder / "metrics.jsonl"
         self.text = folder / "log.txt"
-        _keep_until(self.metrics, step)
-        self.mirrors = Mirrors(cfg, folder, step, self.say)
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=None, file=sys.stdout, leave=False
-        )
+        self.mirrors: Mirrors | None = None
+        if self.active:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, step: int) -> None:
+        """Records come from here on.
+
+        Args:
+            step: steps done before this start; later lines of an earlier attempt are cut from
+                metrics.jsonl, so that every step stands there once.
+        """
+        if self.active:
+            _keep_until(self.metrics, step)
+            self.mirrors = Mirrors(self.cfg, self.folder, step, self.say)
+            self.bar = tqdm(
+                total=self.steps, initial=step, unit="step", disable=None, file=sys.stdout,
+                leave=False,
+            )  # fmt: skip
 
     def say(self, line: str) -> None:
         """One line to the console and to log.txt."""
@@ -157,7 +166,7 @@ class RunLog:
 
     def close(self, failed: bool = False) -> None:
         """No more records will come."""
-        if self.active:
+        if self.mirrors:
             self.bar.close()
             self.mirrors.close(failed)
 
