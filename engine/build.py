@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import losses
 import models
-from engine import config, ds, identity
+from engine import compilation, config, ds, identity, optim
 from engine.schedule import learning_rate
 from loaders import texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
@@ -78,6 +79,12 @@ class Plan:
             f"  DeepSpeed ZeRO-{ds.stage(self.deepspeed)}, "
             f"{str(ds.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
+        if self.warmup > self.steps:
+            lines.append(
+                f"  warning: the warm-up of {self.warmup} steps is longer than the run of "
+                f"{self.steps}: its highest rate is {self.rate(self.steps - 1):.2e}, and it never "
+                "decays; lower optim.warmup_*, or train longer"
+            )
         return "\n".join(lines)
 
 
@@ -142,6 +149,21 @@ def dataset(plan: Plan) -> TripletDataset:
         caption_labels=cfg.data.caption_labels,
         decode=views.decoder(),
     )
+
+
+def engine(plan: Plan, device: torch.device):
+    """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
+    cfg = plan.cfg
+    torch.manual_seed(cfg.seed)
+    model = models.build(model_config(cfg))
+    if cfg.train.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if cfg.train.compile:
+        compilation.compile_towers(model, ds.stage(plan.deepspeed), device)
+    method = build_method(plan, model)
+    optimizer = optim.build(model, method, cfg.optim)
+    module = ds.TrainModule(model, method).to(device).train()
+    return ds.initialise(module, optimizer, plan.deepspeed, device)
 
 
 def describe_parts(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from engine import dist
 from engine.clock import duration
+from engine.environment import now
 from engine.mirrors import Mirrors
 from loaders.printable import printable
 
@@ -130,16 +131,19 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line to the console and to log.txt."""
         if self.active:
-            line = printable(line)
+            line = _stamped(printable(line))
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-            self.note(line)
+            self._append(line)
 
     def note(self, line: str) -> None:
         """One line to log.txt alone: what stderr says anyway."""
         if self.active:
-            with self.text.open("a") as file:
-                file.write(line + "\n")
+            self._append(_stamped(line))
+
+    def _append(self, line: str) -> None:
+        with self.text.open("a") as file:
+            file.write(line + "\n")
 
     def advance(self) -> None:
         """One step forward on the progress bar."""
@@ -147,9 +151,10 @@ class RunLog:
             self.bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl and print its line."""
+        """Append a record, with its `time`, to metrics.jsonl and print its line."""
         if not self.active:
             return
+        record = {**record, "time": now()}
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.mirrors.record(record)
@@ -215,6 +220,12 @@ def read_window(folder: Path, step: int) -> list[list[float]] | None:
     lines = path.read_text().splitlines() if path.exists() else []
     entries = [json.loads(line) for line in lines]
     return next((entry["rows"] for entry in entries if entry["step"] == step), None)
+
+
+def _stamped(text: str) -> str:
+    """Every line with the local time, to the second."""
+    time = now()[: len("2026-01-01T00:00:00")]
+    return "\n".join(f"{time} {line}" for line in text.splitlines())
 
 
 def _keep_until(path: Path, step: int) -> None:

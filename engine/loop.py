@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-import models
-from engine import build, checkpoint, compilation, dist, ds, optim, record
+from engine import build, checkpoint, dist, ds, record
+from engine.bad_samples import BadSamples
 from engine.clock import Clock, slow_line
 from engine.finite import FiniteGuard
 from engine.log import Meter, RunLog, read_window, write_window
 from engine.signals import StopRequest, requeue
 from engine.step import Batch, Stepper
 from engine.watch import Watch
-from loaders.batch import BadSampleCounter, make_loader
+from loaders.batch import make_loader
 from loaders.errors import UserError
 from loaders.printable import printable
 from loaders.views import normalize
@@ -90,7 +90,7 @@ class Trainer:
         plan = self.plan
         self.identity = plan.identity()
         self.image = build.model_config(plan.cfg).image
-        self.engine = build_engine(plan, self.device)
+        self.engine = build.engine(plan, self.device)
         self.done = self.start.done
         if self.start.checkpoint:
             checkpoint.load(self.engine, self.start.checkpoint, self.identity)
@@ -105,8 +105,7 @@ class Trainer:
         if self._inside_window() and (rows := read_window(self.folder, self.done)):
             self.meter.restore(rows)
         self.clock = Clock(self.cfg.train.global_batch, plan.steps)
-        self.bad = BadSampleCounter(self.cfg.data.max_bad_fraction)
-        self.bad_total = self.seen_total = 0
+        self.bad = BadSamples(self.folder, self.cfg.data.max_bad_fraction)
 
     def _train(self) -> None:
         saved = self.done
@@ -137,6 +136,8 @@ class Trainer:
                 return self._leave(stop, f"after {kept}")
         if saved != self.done and not self._save():
             self.guard.abort("the last window had a loss or gradient that is not finite")
+        if totals := self.bad.totals():
+            self.log.say(totals)
         self.log.say(f"finished after {self.done} steps: {self.folder}")
 
     def _keep_record(self) -> None:
@@ -144,6 +145,7 @@ class Trainer:
         self.watch.at(self.done, "writing the record", patient=True)
         record.write(self.plan, self.start, self.device)
         self.log.begin(self.start.done)
+        self.bad.begin(self.start.done)
 
     def _leave(self, stop: int, when: str) -> None:
         name = signal.Signals(stop).name
@@ -218,15 +220,14 @@ class Trainer:
     def _count(self, out: dict, micro_batches: list[Batch]) -> None:
         labels = torch.cat([batch["label"] for batch in micro_batches])
         bad = [item for batch in micro_batches for item in batch["bad"]]
-        self.bad.update(bad, len(labels))
+        self.bad.add(self.done, bad, len(labels))
         flag = self.guard.add(self.done, out, micro_batches)
         self.meter.add(out, labels, len(bad), flag)
 
     def _report(self, rate: float) -> None:
         self.watch.at(self.done, "logging")
         facts, waits = self.meter.read()
-        self.bad_total += facts["bad_samples"]
-        self.seen_total += facts.pop("rows")
+        rows = facts.pop("rows")
         speed = self.clock.read(self.done, waits)
         facts |= {
             "step": self.done,
@@ -239,9 +240,14 @@ class Trainer:
         self.log.record(facts)
         if slow := slow_line(speed, waits):
             self.log.say(slow)
-        self.bad.check(self.bad_total, self.seen_total)
+        self._write_bad(facts["bad_samples"])
+        self.bad.check(facts["bad_samples"], rows)
         if warning := self.guard.close_window(facts["nonfinite"]):
             self.log.say(warning)
+
+    def _write_bad(self, count: int) -> None:
+        if first := self.bad.write(count):
+            self.log.say(first)
 
     def _evaluate(self, checkpoint: Path) -> None:
         self.watch.at(self.done, "evaluating", patient=True)
@@ -261,27 +267,13 @@ class Trainer:
                 )
                 return None
             if self._inside_window():
+                self._write_bad(dist.max_over_ranks(len(self.bad.waiting), self.device))
                 write_window(self.folder, self.done, self.meter.state(), self.cfg.log.keep_last)
             target = checkpoint.save(
                 self.engine, self.folder, self.done, self.identity, self.cfg.log.keep_last
             )
         self.log.say(f"saved {target}")
         return target
-
-
-def build_engine(plan: build.Plan, device: torch.device):
-    """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
-    cfg = plan.cfg
-    torch.manual_seed(cfg.seed)
-    model = models.build(build.model_config(cfg))
-    if cfg.train.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    if cfg.train.compile:
-        compilation.compile_towers(model, ds.stage(plan.deepspeed), device)
-    method = build.build_method(plan, model)
-    optimizer = optim.build(model, method, cfg.optim)
-    module = ds.TrainModule(model, method).to(device).train()
-    return ds.initialise(module, optimizer, plan.deepspeed, device)
 
 
 def _gradient_norm(engine) -> float | None:

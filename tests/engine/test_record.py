@@ -3,8 +3,12 @@
 import dataclasses
 import json
 import os
+import platform
 import signal
+import socket
+import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +17,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from engine import build, checkpoint, config, identity, record
+from engine import build, checkpoint, config, environment, identity, record
 from loaders.errors import DataError
 from tests import multiprocess
 
@@ -146,6 +150,36 @@ def test_a_longer_run_warns_how_the_rate_moves(found):
     )
     assert found["metrics"][5]["lr"] == old
     assert found["metrics"][6]["lr"] == new
+
+
+def test_the_run_says_with_what_and_when_it_was_made(found):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    for start in found["record"]:
+        if (ROOT / ".git").exists():
+            assert start["git"]["commit"] == head.stdout.strip()
+            assert isinstance(start["git"]["changed"], bool)
+        assert torch.__version__.startswith(start["versions"]["torch"].split("+")[0])
+        assert start["versions"]["python"] == platform.python_version()
+        assert datetime.fromisoformat(start["time"]).tzinfo
+        assert start["machines"] == [{"host": socket.gethostname(), "device": "cpu", "ranks": [0]}]
+    times = [datetime.fromisoformat(row["time"]) for row in found["metrics"]]
+    assert times == sorted(times)
+    for line in found["said"].splitlines():
+        datetime.strptime(line.split(" ", 1)[0], "%Y-%m-%dT%H:%M:%S")
+
+
+def test_code_that_is_in_no_checkout_has_no_commit(tmp_path):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=False)
+    assert environment.commit(tmp_path) is None  # nothing is committed yet
+    (tmp_path / "site-packages").mkdir()
+    assert environment.commit(tmp_path / "site-packages") is None
+
+
+def test_a_warm_up_longer_than_the_run_is_said_in_the_plan(tmp_path):
+    words = plan(tmp_path, "optim.warmup_steps=30").describe()
+    assert "warning: the warm-up of 30 steps is longer than the run of 6" in words
+    assert "its highest rate is 2.00e-04" in words
+    assert "warning" not in plan(tmp_path, "optim.warmup_steps=6").describe()
 
 
 def test_the_optimizer_goes_on_with_the_decay_that_the_start_asked_for(found):
