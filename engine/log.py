@@ -121,8 +121,8 @@ class RunLog:
                 metrics.jsonl, so that every step stands there once.
         """
         if self.active:
-            _keep_until(self.metrics, step)
             self.mirrors = Mirrors(self.cfg, self.folder, step, self.say)
+            _keep_until(self.metrics, step)
             self.bar = tqdm(
                 total=self.steps, initial=step, unit="step", disable=None, file=sys.stdout,
                 leave=False,

@@ -143,9 +143,9 @@ class Trainer:
     def _keep_record(self) -> None:
         """A step of this start is made, so the folder changes."""
         self.watch.at(self.done, "writing the record", patient=True)
-        record.write(self.plan, self.start, self.device)
-        self.log.begin(self.start.done)
+        self.log.begin(self.start.done)  # first, because a mirror may be refused
         self.bad.begin(self.start.done)
+        record.write(self.plan, self.start, self.device)
 
     def _leave(self, stop: int, when: str) -> None:
         name = signal.Signals(stop).name
