@@ -50,7 +50,7 @@ def main() -> None:
     # The imports below and the start take up to minutes, and preemption does not wait for them.
     stop = None if arguments.dry_run else StopRequest()
 
-    from engine import build, dist, launch
+    from engine import build, dist, launch, record
 
     launch.map_environment(os.environ)
     evaluate = None
@@ -64,13 +64,14 @@ def main() -> None:
     plan = build.plan(cfg, world_size=int(os.environ["WORLD_SIZE"]))
     if arguments.dry_run:
         if os.environ["RANK"] == "0":
-            print(plan.describe())
+            print(plan.describe(), *record.examine(plan).lines, sep="\n")
             print(build.describe_parts(plan))
         return
 
     if os.environ["RANK"] == "0":
         from engine.run_lock import RunLock
 
+        record.examine(plan)  # a folder of something else, or of another run, gets no lock either
         # Before the ranks meet: a second job on the same folder ends here, and its ranks with it.
         RunLock(Path(cfg.output_dir), lambda line: print(line, file=sys.stderr, flush=True))
 

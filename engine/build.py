@@ -1,14 +1,18 @@
 """From a configuration to the objects of a run, with every check that needs no device."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import losses
 import models
-from engine import config, config_paths, ds
+from engine import compilation, config, config_paths, ds, identity, optim
+from engine.schedule import learning_rate
 from loaders import source_names, texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
 from loaders.errors import ConfigError, DataError
@@ -18,12 +22,6 @@ from loaders.order import Order, Source, plan_streams
 from losses._method import Method
 from models.config import ModelConfig
 
-# A continuation must agree with its checkpoint in these; the rest of the configuration may change.
-IDENTITY = (
-    "seed", "loss", "model", "train.global_batch", "data.sampler", "data.ratios",
-    "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
-    "data.templates", "data.augmentation",
-)  # fmt: skip
 _LOOKED_AT = 8  # samples of a source, to say how many captions an image has
 
 
@@ -49,10 +47,18 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """What a continuation must have in common with this run."""
-        plain = OmegaConf.to_container(self.cfg, resolve=True)
-        facts = {key: _select(plain, key) for key in IDENTITY}
-        facts["data"] = {source.name: source.fingerprint for source in self.sources}
-        return facts
+        cfg = OmegaConf.to_container(self.cfg, resolve=True)
+        if cfg["data"]["templates"] not in texts.presets():  # a file, wherever it lies
+            content = json.dumps(texts.load_templates(cfg["data"]["templates"]))
+            cfg["data"]["templates"] = hashlib.sha256(content.encode()).hexdigest()
+        # Tars whose lines are several captions are not the data that they were as one caption.
+        lines = {True: ", a caption a line", False: ""}
+        data = {s.name: s.fingerprint + lines[bool(s.caption_lines)] for s in self.sources}
+        return identity.facts(cfg, data)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the update number `step` (0-based)."""
+        return rate(step, self.steps, self.warmup, self.rates, self.cfg.optim.schedule)
 
     def describe(self) -> str:
         """The plan in words, printed at the start and by --dry-run."""
@@ -83,7 +89,18 @@ class Plan:
             f"  DeepSpeed ZeRO-{ds.stage(self.deepspeed)}, "
             f"{str(ds.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
+        if self.warmup > self.steps:
+            lines.append(
+                f"  warning: the warm-up of {self.warmup} steps is longer than the run of "
+                f"{self.steps}: its highest rate is {self.rate(self.steps - 1):.2e}, and it never "
+                "decays; lower optim.warmup_*, or train longer"
+            )
         return "\n".join(lines)
+
+
+def rate(step: int, steps: int, warmup: int, rates: dict[str, float], schedule: str) -> float:
+    """Learning rate of the update number `step` (0-based); `rates`: of `config.learning_rates`."""
+    return learning_rate(step, steps, warmup, **rates, schedule=schedule)
 
 
 def plan(cfg: DictConfig, world_size: int) -> Plan:
@@ -145,6 +162,21 @@ def dataset(plan: Plan) -> TripletDataset:
     )
     made.try_sources()
     return made
+
+
+def engine(plan: Plan, device: torch.device):
+    """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
+    cfg = plan.cfg
+    torch.manual_seed(cfg.seed)
+    model = models.build(model_config(cfg))
+    if cfg.train.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    if cfg.train.compile:
+        compilation.compile_towers(model, ds.stage(plan.deepspeed), device)
+    method = build_method(plan, model)
+    optimizer = optim.build(model, method, cfg.optim)
+    module = ds.TrainModule(model, method).to(device).train()
+    return ds.initialise(module, optimizer, plan.deepspeed, device)
 
 
 def describe_parts(plan: Plan) -> str:
@@ -214,9 +246,3 @@ def _several_captions(source: ShardSet, cfg: DictConfig) -> str:
         return ""
     number = f"{low}" if low == high else f"{low} to {high}"
     return f", {number} captions an image (first {len(counts)} samples), one drawn each time"
-
-
-def _select(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

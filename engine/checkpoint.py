@@ -50,6 +50,22 @@ def last_good(folder: Path) -> Path | None:
     return target
 
 
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What `run.json` of a checkpoint states.
+
+    Raises:
+        DataError: it is not that of a checkpoint.
+    """
+    path = checkpoint / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts["identity"], dict) and isinstance(facts["step"], int):
+            return facts
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise DataError(f"{path} is not that of a checkpoint of this program")
+
+
 def check_space(engine, folder: Path) -> None:
     """Clear what killed saves left, and refuse a disk without room for a checkpoint; collective.
 
@@ -137,9 +153,11 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
         DataError: the checkpoint belongs to another configuration (every difference is named),
             or DeepSpeed cannot read it.
     """
-    facts = json.loads((checkpoint / "run.json").read_text())
+    facts = read_facts(checkpoint)
     check_identity(facts, identity, checkpoint)
     here = (dist.world_size(), engine.zero_optimization_stage())
+    # Decay and betas are the configuration's that continues; DeepSpeed restores those that were.
+    asked = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     # DeepSpeed's own torch.load would run whatever a pickle asks for.
     with weight_files.plain_data_only(checkpoint, ds.checkpoint_classes()):
         if (facts["world_size"], facts["zero_stage"]) != here:
@@ -149,20 +167,24 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
         path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise DataError(f"DeepSpeed could not read {checkpoint}; see its message above")
+    for group, options in zip(engine.optimizer.param_groups, asked, strict=True):
+        group.update(options)
     return int(facts["step"])
 
 
 def check_identity(facts: dict[str, Any], identity: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to continue a checkpoint under another configuration.
 
+    Only what both state is compared: keys come and go between versions of this program.
+
     Raises:
         DataError: names each key that differs, with both values.
     """
     before = facts["identity"]
     different = [
-        f"{key}: checkpoint {before.get(key)!r}, now {identity.get(key)!r}"
-        for key in sorted({*before, *identity})
-        if before.get(key) != identity.get(key)
+        f"{key}: checkpoint {before[key]!r}, now {identity[key]!r}"
+        for key in sorted(before.keys() & identity.keys())
+        if before[key] != identity[key]
     ]
     if different:
         raise DataError(

@@ -61,7 +61,7 @@ def flush(path: Path) -> None:
 
 
 def write_line(path: Path, line: str) -> None:
-    """Replace a file of one line: after a crash it holds the old line or the new one."""
+    """Replace a small text file: after a crash it holds the old text or the new one."""
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("w") as file:
         file.write(line + "\n")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from loaders.errors import ConfigError
 from models.config import ModelConfig
+from models.provenance import training_git
 from models.weight_files import EXPORT_KEYS, EXPORT_METADATA
 from models.weights import LoadedRun
 
@@ -61,7 +62,8 @@ def facts(run: LoadedRun) -> dict[str, Any]:
 
     `config`: the `model:` section without starting weights (a Hugging Face text tower is
     described by its full configuration); `step`; `tokenizer`: its name; `image`: `size`, `resize`
-    of the shorter side before the centre crop, `interpolation`, `mean` and `std` of RGB in [0, 1].
+    of the shorter side before the centre crop, `interpolation`, `mean` and `std` of RGB in [0, 1];
+    `training_git`: see `models.provenance`.
     """
     cfg = model_config(run)
     config = json.loads(json.dumps(dataclasses.asdict(cfg.without_pretrained())))
@@ -76,7 +78,7 @@ def facts(run: LoadedRun) -> dict[str, Any]:
         "std": list(cfg.image.std),
     }
     values = (config, run.step, cfg.text.tokenizer, image)
-    return dict(zip(EXPORT_KEYS, values, strict=True))
+    return {**dict(zip(EXPORT_KEYS, values, strict=True)), "training_git": training_git(run)}
 
 
 def model_config(run: LoadedRun) -> ModelConfig:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from engine import dist
 from engine.clock import duration
+from engine.environment import now
 from engine.mirrors import Mirrors
 from loaders.printable import printable
 
@@ -97,40 +98,52 @@ class Meter:
 
 class RunLog:
     """The run folder's `log.txt` and `metrics.jsonl`, the console, and the mirrors of
-    `log.report_to`; silent but on rank 0.
+    `log.report_to`; silent but on rank 0. Until `begin` it can only speak.
 
     Args:
-        folder: the run folder. step: steps already done; later lines of an earlier attempt are
-            cut from metrics.jsonl, so that every step stands there once. steps: of the run.
-        cfg: of the run.
+        folder: the run folder, made if missing. steps: of the run. cfg: of the run.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, cfg: DictConfig):
+    def __init__(self, folder: Path, steps: int, cfg: DictConfig):
         self.active = dist.rank() == 0
-        self.steps = steps
-        if not self.active:
-            return
+        self.folder, self.steps, self.cfg = folder, steps, cfg
         self.metrics = folder / "metrics.jsonl"
         self.text = folder / "log.txt"
-        _keep_until(self.metrics, step)
-        self.mirrors = Mirrors(cfg, folder, step, self.say)
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=None, file=sys.stdout, leave=False
-        )
+        self.mirrors: Mirrors | None = None
+        if self.active:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, step: int) -> None:
+        """Records come from here on.
+
+        Args:
+            step: steps done before this start; later lines of an earlier attempt are cut from
+                metrics.jsonl, so that every step stands there once.
+        """
+        if self.active:
+            self.mirrors = Mirrors(self.cfg, self.folder, step, self.say)
+            _keep_until(self.metrics, step)
+            self.bar = tqdm(
+                total=self.steps, initial=step, unit="step", disable=None, file=sys.stdout,
+                leave=False,
+            )  # fmt: skip
 
     def say(self, line: str) -> None:
         """One line to the console and to log.txt."""
         if self.active:
-            line = printable(line)
+            line = _stamped(printable(line))
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-            self.note(line)
+            self._append(line)
 
     def note(self, line: str) -> None:
         """One line to log.txt alone: what stderr says anyway."""
         if self.active:
-            with self.text.open("a") as file:
-                file.write(line + "\n")
+            self._append(_stamped(line))
+
+    def _append(self, line: str) -> None:
+        with self.text.open("a") as file:
+            file.write(line + "\n")
 
     def advance(self) -> None:
         """One step forward on the progress bar."""
@@ -138,9 +151,10 @@ class RunLog:
             self.bar.update()
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl and print its line."""
+        """Append a record, with its `time`, to metrics.jsonl and print its line."""
         if not self.active:
             return
+        record = {**record, "time": now()}
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self.mirrors.record(record)
@@ -157,7 +171,7 @@ class RunLog:
 
     def close(self, failed: bool = False) -> None:
         """No more records will come."""
-        if self.active:
+        if self.mirrors:
             self.bar.close()
             self.mirrors.close(failed)
 
@@ -206,6 +220,12 @@ def read_window(folder: Path, step: int) -> list[list[float]] | None:
     lines = path.read_text().splitlines() if path.exists() else []
     entries = [json.loads(line) for line in lines]
     return next((entry["rows"] for entry in entries if entry["step"] == step), None)
+
+
+def _stamped(text: str) -> str:
+    """Every line with the local time, to the second."""
+    time = now()[: len("2026-01-01T00:00:00")]
+    return "\n".join(f"{time} {line}" for line in text.splitlines())
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -1,25 +1,23 @@
 """The training loop: order, step, log, save, stop. Everything a method does not have to know."""
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
-import models
-from engine import build, checkpoint, compilation, dist, ds, optim
+from engine import build, checkpoint, dist, ds, record
+from engine.bad_samples import BadSamples
 from engine.clock import Clock, slow_line
 from engine.finite import FiniteGuard
 from engine.log import Meter, RunLog, read_window, write_window
-from engine.schedule import learning_rate
 from engine.signals import StopRequest, requeue
 from engine.step import Batch, Stepper
 from engine.watch import Watch
-from loaders.batch import BadSampleCounter, make_loader
+from loaders.batch import make_loader
 from loaders.errors import UserError
+from loaders.printable import printable
 from loaders.views import normalize
 from loaders.workers import ReadingNotes, end_workers, ignore_deaths
 from losses._gather import Gather
@@ -61,8 +59,12 @@ class Trainer:
         """
         try:
             try:
-                self._start()
-                self._train()
+                self.start = record.examine_together(self.plan)
+                if not self.start.finished:
+                    self._start()
+                    self._train()
+                elif dist.rank() == 0:
+                    print(printable("\n".join(self.start.lines)), flush=True)
             except Exception:
                 # Else torch may raise, at any line below, that a worker has died. If it does so
                 # before this line, that is the error.
@@ -80,25 +82,22 @@ class Trainer:
                 raise
             raise reason from error
         self.watch.stop()
-        self.log.close()
+        if self.log:
+            self.log.close()
 
     def _start(self) -> None:
         """Build the engine, continue the last good checkpoint, and open the log."""
         plan = self.plan
         self.identity = plan.identity()
         self.image = build.model_config(plan.cfg).image
-        self.engine = build_engine(plan, self.device)
-        self.done = 0
-        last = checkpoint.last_good(self.folder)
-        if last:
-            self.done = checkpoint.load(self.engine, last, self.identity)
+        self.engine = build.engine(plan, self.device)
+        self.done = self.start.done
+        if self.start.checkpoint:
+            checkpoint.load(self.engine, self.start.checkpoint, self.identity)
         checkpoint.check_space(self.engine, self.folder)
-        _write_run_folder(self.folder, plan)
-        dist.barrier()
-        self.log = RunLog(self.folder, self.done, plan.steps, self.cfg)
-        self.log.say(plan.describe())
-        if last:
-            self.log.say(f"continuing {self.folder} after step {self.done}")
+        self.log = RunLog(self.folder, plan.steps, self.cfg)
+        for line in (plan.describe(), *self.start.lines):
+            self.log.say(line)
         graph_bytes = int(self.cfg.train.graph_memory_gb * 1e9)
         self.stepper = Stepper(self.engine, Gather(), self.cfg.seed, graph_bytes)
         self.guard = FiniteGuard(self.engine, plan, self.dataset, self.device)
@@ -106,8 +105,7 @@ class Trainer:
         if self._inside_window() and (rows := read_window(self.folder, self.done)):
             self.meter.restore(rows)
         self.clock = Clock(self.cfg.train.global_batch, plan.steps)
-        self.bad = BadSampleCounter(self.cfg.data.max_bad_fraction)
-        self.bad_total = self.seen_total = 0
+        self.bad = BadSamples(self.folder, self.cfg.data.max_bad_fraction)
 
     def _train(self) -> None:
         saved = self.done
@@ -119,6 +117,8 @@ class Trainer:
             rate = self._set_learning_rate(step)
             out = self._step(step, micro_batches)
             self.done += 1
+            if step == self.start.done:
+                self._keep_record()
             self.clock.tick()
             self._count(out, micro_batches)
             if self.done % self.cfg.log.every_steps == 0 or self.done == self.plan.steps:
@@ -136,7 +136,16 @@ class Trainer:
                 return self._leave(stop, f"after {kept}")
         if saved != self.done and not self._save():
             self.guard.abort("the last window had a loss or gradient that is not finite")
+        if totals := self.bad.totals():
+            self.log.say(totals)
         self.log.say(f"finished after {self.done} steps: {self.folder}")
+
+    def _keep_record(self) -> None:
+        """A step of this start is made, so the folder changes."""
+        self.watch.at(self.done, "writing the record", patient=True)
+        self.log.begin(self.start.done)  # first, because a mirror may be refused
+        self.bad.begin(self.start.done)
+        record.write(self.plan, self.start, self.device)
 
     def _leave(self, stop: int, when: str) -> None:
         name = signal.Signals(stop).name
@@ -203,13 +212,7 @@ class Trainer:
         return {**moved, "bad": batch["bad"]}
 
     def _set_learning_rate(self, step: int) -> float:
-        rate = learning_rate(
-            step,
-            self.plan.steps,
-            self.plan.warmup,
-            **self.plan.rates,
-            schedule=self.cfg.optim.schedule,
-        )
+        rate = self.plan.rate(step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -217,17 +220,16 @@ class Trainer:
     def _count(self, out: dict, micro_batches: list[Batch]) -> None:
         labels = torch.cat([batch["label"] for batch in micro_batches])
         bad = [item for batch in micro_batches for item in batch["bad"]]
-        self.bad.update(bad, len(labels))
+        self.bad.add(self.done, bad, len(labels))
         flag = self.guard.add(self.done, out, micro_batches)
         self.meter.add(out, labels, len(bad), flag)
 
     def _report(self, rate: float) -> None:
         self.watch.at(self.done, "logging")
-        record, waits = self.meter.read()
-        self.bad_total += record["bad_samples"]
-        self.seen_total += record.pop("rows")
+        facts, waits = self.meter.read()
+        rows = facts.pop("rows")
         speed = self.clock.read(self.done, waits)
-        record |= {
+        facts |= {
             "step": self.done,
             "samples": self.done * self.cfg.train.global_batch,
             "lr": rate,
@@ -235,12 +237,17 @@ class Trainer:
             "grad_norm": _gradient_norm(self.engine),
             **speed,
         }
-        self.log.record(record)
+        self.log.record(facts)
         if slow := slow_line(speed, waits):
             self.log.say(slow)
-        self.bad.check(self.bad_total, self.seen_total)
-        if warning := self.guard.close_window(record["nonfinite"]):
+        self._write_bad(facts["bad_samples"])
+        self.bad.check(facts["bad_samples"], rows)
+        if warning := self.guard.close_window(facts["nonfinite"]):
             self.log.say(warning)
+
+    def _write_bad(self, count: int) -> None:
+        if first := self.bad.write(count):
+            self.log.say(first)
 
     def _evaluate(self, checkpoint: Path) -> None:
         self.watch.at(self.done, "evaluating", patient=True)
@@ -260,34 +267,13 @@ class Trainer:
                 )
                 return None
             if self._inside_window():
+                self._write_bad(dist.max_over_ranks(len(self.bad.waiting), self.device))
                 write_window(self.folder, self.done, self.meter.state(), self.cfg.log.keep_last)
             target = checkpoint.save(
                 self.engine, self.folder, self.done, self.identity, self.cfg.log.keep_last
             )
         self.log.say(f"saved {target}")
         return target
-
-
-def build_engine(plan: build.Plan, device: torch.device):
-    """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
-    cfg = plan.cfg
-    torch.manual_seed(cfg.seed)
-    model = models.build(build.model_config(cfg))
-    if cfg.train.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    if cfg.train.compile:
-        compilation.compile_towers(model, ds.stage(plan.deepspeed), device)
-    method = build.build_method(plan, model)
-    optimizer = optim.build(model, method, cfg.optim)
-    module = ds.TrainModule(model, method).to(device).train()
-    return ds.initialise(module, optimizer, plan.deepspeed, device)
-
-
-def _write_run_folder(folder: Path, plan: build.Plan) -> None:
-    if dist.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(plan.cfg, folder / "config.yaml", resolve=True)
-        (folder / "ds_config.json").write_text(json.dumps(plan.deepspeed, indent=1) + "\n")
 
 
 def _gradient_norm(engine) -> float | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from eval.sources import REPOSITORY, EvalDataset
 from loaders.errors import DataError
+from models.provenance import training_git
 from models.weights import LoadedRun
 
 LOCK = ".rows.lock"  # held while a file of the folder is rewritten
@@ -74,6 +75,7 @@ def make_rows(
         "recipe": run.cfg.get("recipe"),
         "prompt_digest": digest,
         "git_hash": git_hash(),
+        "training_git": training_git(run),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return [

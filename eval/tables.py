@@ -2,6 +2,7 @@
 [--output FILE]`, or a published table beside our numbers: `… --paper unicl --table 5`."""
 
 import argparse
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -169,6 +170,7 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
         f"{dataset}, {render_names.task_name(task)} ({', '.join(runs)}): {protocol}."
         for (dataset, task, protocol), runs in protocols.items()
     ]
+    notes += _code(found, labels)
     commands = [
         row.obtain
         for row in registry.datasets.values()
@@ -179,6 +181,26 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
     clip_art = {row["dataset"] for row in found} <= set(registry.collections.get("quickstart", []))
     title = QUICKSTART_TITLE if clip_art else TITLE
     return Table(title, columns, list(lines.values()), notes, commands)
+
+
+def _code(found: list[dict], labels: dict[tuple, str]) -> list[str]:
+    """A note with the commits that trained and evaluated; none if no training commit is known."""
+    trained: dict[str, str] = {}
+    for row in found:
+        if row.get("training_git"):
+            trained[labels[row["run"], row["checkpoint_hash"]]] = _short(row["training_git"])
+    if not trained:
+        return []
+    by_commit = [
+        f"{commits} ({', '.join(label for label, own in trained.items() if own == commits)})"
+        for commits in dict.fromkeys(trained.values())
+    ]
+    evaluated = dict.fromkeys(_short(row.get("git_hash", "unknown")) for row in found)
+    return [f"Code: trained with {'; '.join(by_commit)}, evaluated with {', '.join(evaluated)}."]
+
+
+def _short(commits: str) -> str:
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]+", r"\1", commits)
 
 
 def _commands(

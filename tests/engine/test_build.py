@@ -47,3 +47,23 @@ def test_what_no_sample_has_is_found_before_the_first_step(tmp_path, build_part)
     assert "pairs: 9 samples in 1 shards" in plan.describe()
     with pytest.raises(DataError, match=r"no_caption as all.*; use data\.caption=json\.caption$"):
         getattr(build, build_part)(plan)
+
+
+def test_lines_that_become_captions_are_other_data(tmp_path):
+    """The tars are the same, the texts that a run draws are not."""
+    before = make_plan(tmp_path, lambda i: {"txt": b"a cat\na dog"})
+    (tmp_path / "pairs" / "dataset_type.txt").write_text("retrieval\n")
+    after = make_plan(tmp_path, lambda i: {"txt": b"a cat\na dog"})
+    assert before.identity()["data"] != after.identity()["data"]
+    assert before.sources[0].fingerprint == after.sources[0].fingerprint
+
+
+def test_a_file_of_templates_is_known_by_its_content(tmp_path):
+    plans = []
+    for name, content in (("a", ["a {}."]), ("b", ["a {}."]), ("c", ["the {}."])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        setting = f"data.templates={tmp_path}/{name}.json"
+        plans.append(make_plan(tmp_path, lambda i: {"txt": b"a cat"}, setting).identity())
+    assert plans[0] == plans[1] != plans[2]
+    named = make_plan(tmp_path, lambda i: {"txt": b"a cat"}, "data.templates=clip_80").identity()
+    assert named["data.templates"] == "clip_80"

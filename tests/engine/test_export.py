@@ -209,7 +209,9 @@ def test_plain_files(text, tmp_path):
     model = run_folder.write(tmp_path / "run", "resnet", section, **SCALE)
     export(tmp_path / "run", "pt", tmp_path / "pt")
     content = torch.load(tmp_path / "pt" / "run.pt", weights_only=True)
-    assert list(content) == ["state_dict", "config", "step", "tokenizer", "image"]
+    assert list(content) == [
+        "state_dict", "config", "step", "tokenizer", "image", "training_git",
+    ]  # fmt: skip
     assert content["step"] == 7
     assert content["config"]["text"]["name"] == text
     assert content["tokenizer"] == (str(tmp_path / "tokenizer") if text == "hf" else "clip")

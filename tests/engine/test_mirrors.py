@@ -79,7 +79,14 @@ def lines(folder):
 
 
 def without_times(records):
-    timed = ("samples_per_second", "data_seconds", "eta_seconds", "data_share", "speed_ratio")
+    timed = (
+        "time",
+        "samples_per_second",
+        "data_seconds",
+        "eta_seconds",
+        "data_share",
+        "speed_ratio",
+    )
     return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
@@ -97,7 +104,7 @@ def expected_scalars(folder):
         (f"train/{key}", record["step"]): value
         for record in lines(folder)
         for key, value in record.items()
-        if key != "step" and value is not None
+        if key not in ("step", "time") and value is not None
     }
     return found | {("eval/cats/zero_shot/top1", 32): 50.0}
 

@@ -245,7 +245,23 @@ def test_unreadable_samples_are_counted_and_fatal_only_above_the_threshold(tmp_p
     assert tolerant.returncode == 0, tolerant.stderr[:3000]
     lines = (tmp_path / "a/metrics.jsonl").read_text().splitlines()
     # 16 caption samples in 4 batches of 4: one pass, each bad one met once at least.
-    assert sum(json.loads(line)["bad_samples"] for line in lines) >= len(BAD)
+    met = sum(json.loads(line)["bad_samples"] for line in lines)
+    assert met >= len(BAD)
+    head, *listed = [
+        line.split("\t") for line in (tmp_path / "a/bad_samples.tsv").read_text().splitlines()
+    ]
+    assert head == ["source", "shard", "key", "reason", "step"]
+    assert len(listed) == met
+    assert {row[2]: row[3] for row in listed} == dict(
+        zip(
+            (f"{number:09d}" for number in range(10, 16)),
+            ("not_an_image", "zero_bytes", "too_large", "empty_caption", "caption_not_utf8",
+             "truncated"),
+            strict=True,
+        )
+    )  # fmt: skip
+    assert tolerant.stdout.count("first bad sample: ") == 1
+    assert f"{met} bad samples: " in tolerant.stdout
     strict = start(
         "train.steps=400",
         *source,

@@ -20,7 +20,7 @@ TASKS = {"zero_shot": zero_shot, "linear_probe": linear_probe, "retrieval": retr
 ROW_KEYS = [
     *("dataset", "split", "n", "classes", "metric", "value", "ci95", "task", "protocol"),
     *("checkpoint_hash", "step", "samples_seen", "run", "config_name", "recipe", "prompt_digest"),
-    *("git_hash", "date"),
+    *("git_hash", "training_git", "date"),
 ]
 
 

@@ -122,6 +122,17 @@ def test_results_without_an_interval_and_variants_are_shown(tmp_path):
         assert any(c.startswith(f"python -m eval.{start}") for c in table.commands), start
 
 
+def test_the_commits_that_trained_and_evaluated_stand_under_the_table(tmp_path):
+    trained, evaluated = "a" * 40, "b" * 40
+    code = {"training_git": f"{trained}-dirty, {evaluated}", "git_hash": evaluated}
+    notes = tables.join([{**ROWS[0], **code}], tmp_path).notes
+    commits = f"{'a' * 12}-dirty, {'b' * 12}"
+    assert (
+        notes[-1] == f"Code: trained with {commits} ({ROWS[0]['run']}), evaluated with {'b' * 12}."
+    )
+    assert not any("Code: " in note for note in tables.join(ROWS, tmp_path).notes)
+
+
 def test_two_results_for_one_cell_are_refused(tmp_path):
     tables.join([*ROWS, ROWS[0]], tmp_path)
     other = ROWS[0] | {"value": 21.0, "protocol": "another protocol"}
