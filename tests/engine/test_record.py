@@ -28,7 +28,7 @@ SETTINGS = ["log.save_every_steps=3", "log.keep_last=9", "data.workers=0", "opti
 OLD_KEYS = (
     "seed", "loss", "model", "train.global_batch", "data.sampler", "data.ratios",
     "data.block_shards", "data.label_merge", "data.caption_labels", "data.caption",
-    "data.templates", "data.augmentation", "data.decode", "data",
+    "data.templates", "data.augmentation", "data",
 )  # fmt: skip
 
 
@@ -243,5 +243,5 @@ def test_a_checkpoint_of_an_older_version_continues(tmp_path):
     old = {**{key: now[key] for key in OLD_KEYS}, "data.gone": True}
     checkpoint.check_identity({"identity": old}, now, tmp_path)
     checkpoint.check_identity({"identity": now}, {**now, "data.new": 1}, tmp_path)
-    with pytest.raises(DataError, match=r"Different: data.decode: checkpoint 'fast', now"):
-        checkpoint.check_identity({"identity": {**old, "data.decode": "fast"}}, now, tmp_path)
+    with pytest.raises(DataError, match=r"Different: data.sampler: checkpoint 'ratio', now"):
+        checkpoint.check_identity({"identity": {**old, "data.sampler": "ratio"}}, now, tmp_path)
