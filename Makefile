@@ -1,5 +1,6 @@
 # make quickstart   environment, training under DeepSpeed on the shipped data, tables and pictures
 # make test         environment and all tests
+# make durations    the same, and tests/durations.json anew
 # make soak         runs killed fifty times and more, long fuzzing (an hour and more)
 # make lint         ruff
 # make bench        ratios against named peers, into benchmarks/results/ and docs/benchmarks.md
@@ -20,7 +21,7 @@ export HF_DATASETS_OFFLINE ?= 1
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: quickstart test soak lint bench
+.PHONY: quickstart test durations soak lint bench
 BENCHES := loss loss_ranks loader size step scaling_model gpu_loss gpu_step data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
@@ -40,8 +41,15 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.plots --runs $(RUNS:%=$(RUN)/%) --results $(RUN)/results --output $(RUN)/report
 	$(BIN)/python -m eval.tables $(RUN)/results
 
+# More workers than the two cores of a runner, since long tests wait: for servers, time-outs, SLURM.
+WORKERS ?= 3
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The same, and the time of every test file into tests/durations.json, by which they are dealt out.
+durations: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --store-durations
 
 # Hundreds of killed runs and long fuzzing: what is marked soak.
 soak: $(STAMP)

@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -363,30 +361,3 @@ def test_script_ends_with_one_line_and_exit_code_3(tmp_path):
     assert done.returncode == 3
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
-
-
-def refresh_package_lists():
-    """A bare machine has no lists, and `apt-get download` then knows no package."""
-    lists = Path("/var/lib/apt/lists").glob("*_Packages*")
-    if os.geteuid() == 0 and shutil.which("apt-get") and not any(lists):
-        subprocess.run(["apt-get", "update", "-qq"], check=False, timeout=300)
-
-
-def test_rebuild_from_the_packages_gives_the_shipped_manifests(tmp_path):
-    """The whole build from the real packages: downloads 250 MB unless they are in the cache."""
-    refresh_package_lists()
-    try:
-        for package in packages.SHIPPED_PACKAGES:
-            packages.fetch(package, packages.default_cache())
-    except packages.PackageUnavailable as error:
-        pytest.skip(str(error))
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shipped = sorted((REPOSITORY / "data" / "quickstart").glob("*/manifest.json"))
-    shipped = [path for path in shipped if path.parent.name != "stamps"]
-    assert len(shipped) == 4
-    for path in shipped:
-        rebuilt = tmp_path / path.parent.name / "manifest.json"
-        assert rebuilt.read_bytes() == path.read_bytes(), path.parent.name
-    assert (tmp_path / "LICENSES" / "ATTRIBUTION.md").is_file()

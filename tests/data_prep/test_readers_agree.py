@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from data_prep.shard_writer import permutation, write_shards
 from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
-from tests.data_prep.downloads import command, write_list
+from tests.data_prep.downloads import command, run, write_list
 from tests.data_prep.http_server import serve
 from tests.loaders.conftest import encoded
 
@@ -148,14 +147,16 @@ def test_downloaded_shards(tmp_path):
         captions = [f"{CAPTIONS[n % len(CAPTIONS)].split()[0]} {n}" for n in range(len(text))]
         urls = [line.split("\t")[1] for line in text]
         tsv.write_text("".join(f"{c}\t{u}\n" for c, u in zip(captions, urls, strict=True)))
-        subprocess.run(command(tsv, out), check=True, capture_output=True)
+        done = run(command(tsv, out, processes=1))
+        assert done.returncode == 0, done.stderr
         verify(out)
         ours = by_us(out)
         # A shard that is found damaged later is taken away, and the same command makes it again.
         os.truncate(out / "shards" / "00000.tar", 10_000)
         with pytest.raises(DataError, match=r"gcc\.py … --out"):
             verify(out)
-        subprocess.run(command(tsv, out), check=True, capture_output=True)
+        done = run(command(tsv, out, processes=1))
+        assert done.returncode == 0, done.stderr
     assert verify(out).checked == 1
     assert by_us(out) == ours
     assert sorted(caption for _, caption, _, _ in ours.values()) == sorted(captions[:15])

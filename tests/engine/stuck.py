@@ -5,11 +5,8 @@ import signal
 import sys
 import time
 
-import torch
-
 from engine import dist
 from engine.watch import Watch
-from loaders.errors import run_cli
 
 
 def nap():
@@ -35,8 +32,3 @@ def main():
     except ValueError as error:
         watch.stop(f"{type(error).__name__}: {error}")
         raise
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_cli(main)

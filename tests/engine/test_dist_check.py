@@ -5,31 +5,29 @@ import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
+from engine import dist_check
 from engine.dist import spans
+from tests.commands import ROOT, Command
 from tests.multiprocess import free_port
 
-ROOT = Path(__file__).parent.parent.parent
 
-
-def start(*options, launcher=(), **place):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment |= {key: str(value) for key, value in place.items()}
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "engine.dist_check", *options],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start(*options, **place):
+    environment = {key: str(value) for key, value in place.items()}
+    return Command(dist_check.main, *options, environment=environment)
 
 
 def test_check_under_torchrun_prints_one_table():
     port = free_port()
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    process = start(launcher=launcher)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "engine.dist_check"], cwd=ROOT, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    out = done.stdout
+    assert done.returncode == 0, done.stderr
     lines = out.splitlines()
     assert len(lines) == 6, out
     assert lines[0].split() == ["rank", "local", "rank", "node", "process", "device", "backend"]

@@ -4,10 +4,8 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -17,10 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import config
 from engine.mirrors import chosen
 from loaders.errors import ConfigError
-from tests import multiprocess
+from tests import commands, multiprocess
+from tests.commands import CONFIG, ROOT
 
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = str(ROOT / "tests" / "engine" / "tiny.yaml")
 # Lines of the log cover 3 steps, the checkpoint comes after 20: inside a window.
 SETTINGS = ["train.steps=32", "log.every_steps=3", "log.save_every_steps=20", "data.workers=0"]
 MIRRORS = ["log.report_to=wandb,tensorboard", "log.wandb_project=tests"]
@@ -30,11 +27,7 @@ STEPS = [*range(3, 31, 3), 32]
 def kill_after_lines(folder, count):
     """Start the run and kill it with all it started, once the log has `count` lines."""
     arguments = [*SETTINGS, *MIRRORS, "--output-dir", str(folder)]
-    run = subprocess.Popen(
-        [sys.executable, "train.py", "--config", CONFIG, *arguments], cwd=ROOT,
-        env={**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    run = commands.training(*arguments, environment={"WANDB_MODE": "offline"})
     metrics = folder / "metrics.jsonl"
     deadline = time.time() + 200
     while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
@@ -44,7 +37,7 @@ def kill_after_lines(folder, count):
     family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     for member in family:
         member.send_signal(signal.SIGKILL)
-    run.wait()
+    run.communicate()
 
 
 def rest_and_whole(rank, world_size, folder):

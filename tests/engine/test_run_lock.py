@@ -9,7 +9,8 @@ import pytest
 
 from engine.run_lock import NAME, RunLock
 from loaders.errors import DataError
-from tests.engine.test_train import ROOT, command, environment
+from tests import commands
+from tests.commands import ROOT
 
 # Holds the folder, and leaves a child that outlives it, as a data worker may.
 HOLD = """
@@ -53,20 +54,22 @@ def test_a_killed_run_leaves_no_lock_though_its_children_live(holder, tmp_path):
     assert f"process {os.getpid()} on " in (tmp_path / NAME).read_text()
 
 
+def wait_for_text(run, words):
+    """The line of stderr with these words."""
+    while words not in run.text("stderr"):
+        assert run.poll() is None, "ended without waiting"
+        time.sleep(0.05)
+    return next(line for line in run.text("stderr").splitlines() if words in line)
+
+
 def test_training_waits_for_the_folder_before_it_touches_it(holder, tmp_path):
-    run = subprocess.Popen(
-        command("train.steps=1", "--output-dir", str(tmp_path)),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    line = ""
-    while "is held by" not in line:
-        line = run.stderr.readline()
-        assert line, "ended without waiting"
+    run = commands.training("train.steps=1", "--output-dir", tmp_path)
+    line = wait_for_text(run, "is held by")
     assert f"process {holder.pid}" in line
     time.sleep(1)
     assert run.poll() is None
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     holder.kill()
-    assert run.communicate(timeout=100)[1] is not None
+    run.communicate(timeout=100)
     assert run.returncode == 0
     assert (tmp_path / "checkpoints/LAST_GOOD").exists()

@@ -11,7 +11,6 @@ import sys
 import tarfile
 import time
 import zlib
-from pathlib import Path
 
 import psutil
 import pytest
@@ -19,10 +18,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from loaders.manifest import write_manifest
+from tests import commands
+from tests.commands import CONFIG, ROOT
 from tests.multiprocess import free_port
-
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = str(ROOT / "tests" / "engine" / "tiny.yaml")
 
 
 def command(*arguments, ranks=1):
@@ -38,6 +36,7 @@ def environment():
 
 
 def start(*arguments, ranks=1, timeout=240):
+    """A fresh interpreter, or a real torchrun: `tests.commands.train` does the same for less."""
     return subprocess.run(
         command(*arguments, ranks=ranks), cwd=ROOT, env=environment(), timeout=timeout,
         capture_output=True, text=True, check=False,
@@ -105,7 +104,7 @@ def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration
     interrupt(tmp_path, settings, after=3, number=signal.SIGTERM)
     last = (tmp_path / "checkpoints/LAST_GOOD").read_text().strip()
     assert json.loads((tmp_path / f"checkpoints/{last}/run.json").read_text())["step"] >= 3
-    other = start(*settings, "seed=1", ranks=2)
+    other = commands.train(*settings, "seed=1", ranks=2)
     assert other.returncode != 0
     assert "belongs to another configuration" in other.stderr
     assert "seed: checkpoint 0, now 1" in other.stderr
@@ -117,7 +116,7 @@ def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    result = start(
+    result = commands.train(
         "train.steps=5", "train.accumulation=2", "--dry-run", "--output-dir", str(tmp_path / "o")
     )
     assert result.returncode == 0, result.stderr
@@ -211,7 +210,7 @@ def test_exit_codes_of_usage_and_data(tmp_path):
     wrong_key = start("train.step=5")
     assert (wrong_key.returncode, wrong_key.stdout) == (2, "")
     assert "nearest is 'train.steps'" in wrong_key.stderr
-    no_data = start("train.steps=5", f"data.image_label={tmp_path}/none")
+    no_data = commands.train("train.steps=5", f"data.image_label={tmp_path}/none")
     assert no_data.returncode == 3
     assert f"{tmp_path}/none" in no_data.stderr
 
@@ -239,7 +238,7 @@ def test_unreadable_samples_are_counted_and_fatal_only_above_the_threshold(tmp_p
     good = [{"jpg": jpeg(), "txt": b"a red square"} for _ in range(10)]
     captions = data_set(tmp_path / "captions", [*good, *BAD], kind="image_text", names=())
     source = [f"data.image_text={captions}", "data.workers=0"]
-    tolerant = start(
+    tolerant = commands.train(
         "train.steps=4", *source, "data.max_bad_fraction=1", "--output-dir", str(tmp_path / "a")
     )
     assert tolerant.returncode == 0, tolerant.stderr[:3000]
@@ -262,7 +261,7 @@ def test_unreadable_samples_are_counted_and_fatal_only_above_the_threshold(tmp_p
     )  # fmt: skip
     assert tolerant.stdout.count("first bad sample: ") == 1
     assert f"{met} bad samples: " in tolerant.stdout
-    strict = start(
+    strict = commands.train(
         "train.steps=400",
         *source,
         "data.max_bad_fraction=0.01",

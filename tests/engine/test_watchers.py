@@ -3,21 +3,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train as script
 from engine.clock import ENOUGH, Clock, slow_line
 from engine.watch import diagnose
 from tests import multiprocess
+from tests.commands import CONFIG, ROOT, Command
+from tests.engine import stuck
 from tests.multiprocess import wait_for_lines
-
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = str(ROOT / "tests" / "engine" / "tiny.yaml")
 
 
 def train(folder, *overrides):
@@ -127,35 +124,26 @@ def test_an_overflowed_optimizer_state_is_not_saved(diverged):
     assert all("weights or optimizer state are not finite" in r["moment"] for r in ranks)
 
 
-def rank_process(rank, port, *command):
-    """One of two ranks, started as srun would, without a launcher."""
-    place = {
-        "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank,
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT,
-    }  # fmt: skip
-    environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
 def pair(*commands):
-    port = multiprocess.free_port()
-    return [rank_process(rank, port, *command) for rank, command in enumerate(commands)]
+    """Two ranks as srun would start them, without a launcher; a command: its main, arguments."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(multiprocess.free_port())
+    return [
+        Command(*words, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, words in enumerate(commands)
+    ]
 
 
 MINUTES = "0.3"
 
 
 def scripted(*behaviours):
-    script = str(ROOT / "tests" / "engine" / "stuck.py")
-    return pair(*([script, behaviour, MINUTES] for behaviour in behaviours))
+    return pair(*((stuck.main, behaviour, MINUTES) for behaviour in behaviours))
 
 
 def training(folder):
     settings = ["train.steps=100000", "data.workers=0", f"timeout_minutes={MINUTES}"]
-    command = ["train.py", "--config", CONFIG, "--output-dir", str(folder), *settings]
+    command = [script.main, "--config", CONFIG, "--output-dir", str(folder), *settings]
     return pair(command, command)
 
 
@@ -172,13 +160,13 @@ def test_a_rank_that_does_not_come_is_named_and_nobody_waits_for_ever(tmp_path):
         text = {}
         for name, processes in cases.items():
             waiting = processes[1] if name == "store" else processes[0]
-            text[name] = waiting.communicate(timeout=200)[0]
+            text[name] = "".join(waiting.communicate(timeout=200))
             assert waiting.returncode == 6, text[name]
         # Who wakes up again, or was late itself, finds the others gone and does not wait either.
         for name, rank in (("stopped", 1), ("store", 0), ("sleeps", 1)):
             late = cases[name][rank]
             late.send_signal(signal.SIGCONT)
-            words = late.communicate(timeout=100)[0]
+            words = late.communicate(timeout=100)
             assert late.returncode != 0, words
     finally:
         for process in [process for processes in cases.values() for process in processes]:

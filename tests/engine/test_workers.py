@@ -3,10 +3,7 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -21,10 +18,9 @@ from loaders.manifest import open_shards
 from loaders.texts import TextOptions
 from loaders.views import decode
 from loaders.workers import GuardedLoader, ReadingNotes, end_workers
+from tests import commands
+from tests.commands import ROOT
 from tests.multiprocess import wait_for_lines
-
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = str(ROOT / "tests" / "engine" / "tiny.yaml")
 
 
 class Fatal:
@@ -88,18 +84,12 @@ def test_a_data_worker_that_dies_or_hangs_is_named_with_its_sample(deed, words):
 
 def test_a_training_whose_data_worker_is_killed_ends_with_its_sample(tmp_path):
     """Whatever the trainer does when the kernel takes a worker, it ends by itself, with code 3."""
-    run = subprocess.Popen(
-        [sys.executable, "train.py", "--config", CONFIG, "--output-dir", str(tmp_path),
-         "train.steps=100000", "data.workers=2"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    run = commands.training("--output-dir", tmp_path, "train.steps=100000", "data.workers=2")
     wait_for_lines(tmp_path / "metrics.jsonl", 2, run)
-    workers = [
-        child for child in psutil.Process(run.pid).children() if "train.py" in child.cmdline()
-    ]
+    workers = psutil.Process(run.pid).children()
     assert len(workers) == 2
     workers[1].kill()
-    text = run.communicate(timeout=100)[0]
+    text = run.communicate(timeout=100)[1]
     assert run.returncode == 3, text
     last = text.splitlines()[-1]
     assert last.startswith(f"error: DataLoader worker (pid {workers[1].pid}) is killed by signal")
@@ -117,40 +107,35 @@ def test_a_sample_whose_decoding_fails_is_named():
     assert str(caught.value) == place
 
 
-LATE_DEATH = """
-import os, signal, time
-from pathlib import Path
-from engine import loop
-
 class BrokenCable(Exception):
-    pass
+    """An error that only this file knows."""
 
-def fail(self):
-    raise BrokenCable("the first error")
 
-def stop(self, why=None):
-    os.kill(int(self.trainer.notes.table[0, 0]), signal.SIGKILL)
-    time.sleep(0.5)  # a death is noticed between two lines
+def late_death():
+    """Make the first step of a training fail, and its worker die while that is told."""
+    from engine import loop
 
-def train(self):
-    batches = self._steps()
-    next(batches)
-    self.watch.trainer, loop.Watch.stop = self, stop
-    fail(self)
+    def fail(self):
+        raise BrokenCable("the first error")
 
-loop.Trainer._train = train
-import sys, train
-from loaders.errors import run_cli
-run_cli(train.main)
-"""
+    def stop(self, why=None):
+        os.kill(int(self.trainer.notes.table[0, 0]), signal.SIGKILL)
+        time.sleep(0.5)  # a death is noticed between two lines
+
+    def train(self):
+        batches = self._steps()
+        next(batches)
+        self.watch.trainer, loop.Watch.stop = self, stop
+        fail(self)
+
+    loop.Trainer._train = train
 
 
 def test_a_worker_that_dies_while_an_error_is_told_changes_nothing(tmp_path):
     """Torch's handler would raise in the midst of it, and the exit would wait for the others."""
-    run = subprocess.run(
-        [sys.executable, "-c", LATE_DEATH, "--config", CONFIG, "--output-dir", str(tmp_path),
-         "train.steps=9", "data.workers=2"],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    run = commands.train(
+        "--output-dir", tmp_path, "train.steps=9", "data.workers=2",
+        prepare=late_death, timeout=100,
     )  # fmt: skip
     assert run.returncode == 1
     assert "BrokenCable: the first error" in run.stderr.splitlines()[-1]

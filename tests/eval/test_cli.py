@@ -6,12 +6,12 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 
 from eval import cli, rows, zero_shot
 from loaders.errors import ConfigError, DataError
 from models import weights
+from tests.multiprocess import fork_server
 
 
 def command(world, output, *names, registry=None, extra=()):
@@ -110,7 +110,7 @@ def test_srun_joins_its_tasks():
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     # engine.dist: port = 10000 + job number modulo 50000
-    context, job = mp.get_context("spawn"), (port - 10000) % 50000
+    context, job = fork_server(), (port - 10000) % 50000
     queue = context.Queue()
     tasks = [context.Process(target=srun_task, args=(r, 2, job, queue)) for r in range(2)]
     for task in tasks:

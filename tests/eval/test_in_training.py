@@ -6,7 +6,7 @@ import pytest
 
 from eval import in_training, zero_shot
 from loaders.errors import ConfigError, DataError
-from tests.engine.test_train import start
+from tests import commands
 
 
 def read(path):
@@ -20,7 +20,7 @@ def test_rows_equal_those_of_the_command_and_a_resumed_run_has_no_later_ones(tmp
         "train.steps=4", "evals.every_steps=2", "evals.tasks={zero_shot: [emoji_twemoji]}",
         "--output-dir", str(run),
     ]  # fmt: skip
-    first = start(*settings, ranks=2)
+    first = commands.train(*settings, ranks=2)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "evaluated step 2: emoji_twemoji zero_shot mean_per_class" in first.stdout
     rows = read(run / "evals.jsonl")

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from engine import checkpoint, ds, export, optim
 from engine.step import Stepper
+from eval import zero_shot
 from loaders.errors import DataError
 from losses._gather import Gather
 from models import weight_files, weights
-from tests import multiprocess
+from tests import commands, multiprocess
 from tests.engine import run_folder, tiny
 
-ROOT = Path(__file__).parents[2]
 IDENTITY = {"train.global_batch": 12}
 
 
@@ -83,18 +81,12 @@ def test_evaluation_and_export_refuse_and_say_how_to_convert(write, tmp_path, mo
 
 def test_the_commands_end_with_exit_code_3_and_one_line(tmp_path):
     archive(tmp_path / "marker", tmp_path / "evil.pt")
-    code = "from eval import zero_shot; from engine import export\n"
-    code += "from loaders.errors import run_cli"
-    for call in (
-        f"zero_shot.main(['--checkpoint', {str(tmp_path / 'evil.pt')!r}, '--datasets', "
-        f"'emoji_twemoji', '--output', {str(tmp_path)!r}, '--workers', '0'])",
-        f"export.main(['--checkpoint', {str(tmp_path / 'evil.pt')!r}, '--format', 'pt', "
-        f"'--output', {str(tmp_path / 'out')!r}])",
+    evil = ["--checkpoint", str(tmp_path / "evil.pt"), "--output", str(tmp_path / "out")]
+    for main, *more in (
+        (zero_shot.main, "--datasets", "emoji_twemoji", "--workers", "0"),
+        (export.main, "--format", "pt"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", f"{code}\nrun_cli(lambda: {call})"],
-            cwd=ROOT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = commands.finish(commands.Command(main, *evil, *more))
         assert done.returncode == 3, done.stderr
         assert "evil.pt" in done.stderr
         assert "Traceback" not in done.stderr

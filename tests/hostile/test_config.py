@@ -1,16 +1,17 @@
 """Configuration files that attack: ConfigError with the file's name, soon and in little memory."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
+import train
 from engine import config, config_file
 from loaders.errors import ConfigError
+from tests import commands
+from tests.commands import ROOT
+from tests.hostile.parts import limit_memory
 
-ROOT = Path(__file__).parents[2]
 GOOD = (ROOT / "tests" / "engine" / "tiny.yaml").read_text()
 GOOD = GOOD.replace("global_batch: 8", "global_batch: 8, steps: 3")
 
@@ -125,20 +126,9 @@ def test_overrides_are_refused_in_words(tmp_path, override):
 def test_the_command_ends_with_exit_code_2_and_little_memory(tmp_path):
     """`train.py` on a billion laughs, in a process that may reserve 1 GB beyond its imports."""
     (tmp_path / "evil.yaml").write_text(laughs())
-    code = """
-import sys
-from tests.hostile.parts import limit_memory
-from engine import config
-import train
-from loaders.errors import run_cli
-limit_memory(1 << 30)
-sys.argv = ["train.py", "--config", sys.argv[1], "--dry-run"]
-run_cli(train.main)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "evil.yaml")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    evil = ["--config", tmp_path / "evil.yaml", "--dry-run"]
+    limit = partial(limit_memory, 1 << 30)
+    done = commands.finish(commands.Command(train.main, *evil, prepare=limit))
     assert done.returncode == 2, done.stderr
     assert "evil.yaml: line 3: the alias *a0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -63,6 +63,7 @@ def main(rank: int, leader: int | None, life: dict) -> None:
 
     Args:
         life: `arguments` of train.py, `ranks`, `port`, `notes` (folder for traces and output),
+            `registry` (of the sets to evaluate, or None for the shipped one),
             and optionally `point`, `signal`, `everyone`: what happens at that point.
     """
     _join_group(leader)
@@ -78,8 +79,11 @@ def main(rank: int, leader: int | None, life: dict) -> None:
     import torch
 
     import train
+    from eval import in_training
     from loaders.errors import run_cli
 
+    if life["registry"]:
+        in_training.select = functools.partial(in_training.select, registry=life["registry"])
     torch.set_num_threads(1)
     # As in a process of its own: data workers are forked from their rank.
     multiprocessing.set_start_method("fork", force=True)

@@ -8,7 +8,7 @@ from signal import SIGKILL, SIGTERM, SIGUSR1
 
 import pytest
 
-from tests.kill import lives
+from tests.kill import drawn, lives
 from tests.kill.lives import Kill
 from tests.kill.rank import POINTS
 
@@ -24,7 +24,8 @@ SIGNALS = (
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The uninterrupted run."""
-    run = lives.Run(tmp_path_factory.mktemp("whole"), *lives.SETTINGS)
+    folder = tmp_path_factory.mktemp("whole")
+    run = lives.Run(folder, *lives.SETTINGS, registry=drawn.registry(folder))
     assert run.live() == [0, 0], run.output()[-5000:]
     lives.check_checkpoints(run)
     return run
