@@ -1,4 +1,4 @@
-"""Downloads through data_prep/img2ds.py, against img2dataset alone.
+"""Downloads through data_prep/download/img2ds.py, against img2dataset alone.
 
 All fetch the same list from the same server on loopback with the same parameters, in turns. The
 wrapper's processes start without torch, which webdataset imports where it is installed; so that
@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import harness
-from data_prep import folder, img2ds, url_list
-from data_prep.list_rows import Row
+from data_prep.download import img2ds, url_list
+from data_prep.download.list_rows import Row
+from data_prep.sets import set_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PHOTOS = 200  # different images; the rows ask for them under different addresses
@@ -101,9 +102,9 @@ def _write_list(out: Path, address: str, count: int, size: int) -> None:
         {},
         size,
     )
-    folder.begin(
+    set_folder.begin(
         out,
-        folder.Preparation(
+        set_folder.Preparation(
             tool="benchmarks/data_prep_download.py",
             name="benchmark",
             kind="image_text",
@@ -120,14 +121,14 @@ def _write_list(out: Path, address: str, count: int, size: int) -> None:
 
 def _run_wrapper(out: Path, count: int, size: int, processes: int, threads: int, path: str):
     command = [sys.executable, "-c", _WRAPPED, str(out), str(processes), str(threads)]
-    return _timed(command, out / folder.SHARDS, count, path)
+    return _timed(command, out / set_folder.SHARDS, count, path)
 
 
 def _run_bare(out: Path, count: int, size: int, processes: int, threads: int, path: str):
     """img2dataset's own command with the parameters that the wrapper gives it."""
     options = img2ds.Options()
     flags = {
-        "url_list": out / folder.LIST,
+        "url_list": out / set_folder.LIST,
         "input_format": "parquet",
         "url_col": "url",
         "caption_col": "caption",

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import harness
-from data_prep.shard_writer import permutation
+from data_prep.sets.shard_writer import permutation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARD = 2000

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import harness
-from data_prep import folder
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from data_prep.verify import Summary, verify
 from loaders.tarreader import INDEX_FOLDER
 
@@ -40,9 +40,9 @@ def make(out: Path, count: int) -> float:
     """A caption set of `count` images in `SHARDS` shards; returns the mean bytes of an image."""
     pictures = [jpeg(seed) for seed in range(DISTINCT)]
     size = count // SHARDS
-    folder.begin(
+    set_folder.begin(
         out,
-        folder.Preparation(
+        set_folder.Preparation(
             "benchmark", "benchmark", "image_text", "", "", "2026-01-01", SHARDS, size, count
         ),
     )
@@ -60,7 +60,7 @@ def make(out: Path, count: int) -> float:
 
 def plain(out: Path) -> None:
     """What one would write by hand: every image of every tar opened and decoded."""
-    for path in sorted((out / folder.SHARDS).glob("*.tar")):
+    for path in sorted((out / set_folder.SHARDS).glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith(".jpg"):
@@ -70,7 +70,7 @@ def plain(out: Path) -> None:
 def ours(out: Path, workers: int) -> Summary:
     """A first run: nothing is known of the set."""
     shutil.rmtree(out / "verify", ignore_errors=True)
-    shutil.rmtree(out / folder.SHARDS / INDEX_FOLDER, ignore_errors=True)
+    shutil.rmtree(out / set_folder.SHARDS / INDEX_FOLDER, ignore_errors=True)
     return verify(out, workers=workers)
 
 

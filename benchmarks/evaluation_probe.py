@@ -21,8 +21,10 @@ import torch
 from torch import nn
 
 from benchmarks import evaluation_zero_shot, harness
-from eval import cli, elevater_metrics, elevater_probe, linear_probe, source_classes, sources
+from eval import cli, elevater_metrics, elevater_probe, linear_probe
 from eval.features import Extractor
+from eval.sources import common_classes
+from eval.sources.registry import REGISTRY, EvalDataset, Registry
 from loaders import views
 from models import weights
 
@@ -47,7 +49,7 @@ def shortened(quick: bool) -> Iterator[None]:
             setattr(elevater_probe, name, value)
 
 
-def ours(run: weights.LoadedRun, row: sources.EvalDataset) -> dict[str, float]:
+def ours(run: weights.LoadedRun, row: EvalDataset) -> dict[str, float]:
     """What `python -m eval.linear_probe --protocol elevater` does, without an earlier cache."""
     with tempfile.TemporaryDirectory() as cache:
         extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
@@ -61,11 +63,11 @@ class OverImages:
     Attributes: `encoded`, the number of images encoded so far.
     """
 
-    def __init__(self, run: weights.LoadedRun, row: sources.EvalDataset) -> None:
+    def __init__(self, run: weights.LoadedRun, row: EvalDataset) -> None:
         """Decode the images of both splits and make the starting head."""
         with tempfile.TemporaryDirectory() as cache:
             extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
-            splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+            splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
             train, test = splits["train"], splits["test"]
             self.head = linear_probe.initial_head(extractor, test, classes.names, "text")[0]
         self.tower, self.mean, self.std = extractor.model, extractor.mean, extractor.std
@@ -157,7 +159,7 @@ def rows(quick: bool) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as place, shortened(quick):
         evaluation_zero_shot.write_model(Path(place), evaluation_zero_shot.QUICKSTART)
         run = weights.load(Path(place) / "export")
-        row = sources.Registry(sources.REGISTRY, None).select([DATA], "linear_probe")[0]
+        row = Registry(REGISTRY, None).select([DATA], "linear_probe")[0]
         loop, seconds, found = OverImages(run, row), {"ours": [], "loop": []}, {}
         for side in ("ours", "loop", "ours"):
             start = time.process_time()

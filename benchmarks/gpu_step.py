@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import losses
 import models
 from benchmarks import gpu, harness
-from engine import compilation, dist, ds, optim
+from engine import compilation, deepspeed_engine, dist, optim
 from engine.config import OptimConfig
 from engine.step import Batch, Stepper
 from losses._gather import Gather
@@ -32,7 +32,9 @@ MICRO_BATCH, GRAPH_GB = 512, 60  # of the whole steps
 BUDGET = 540  # seconds; what has not begun by then is left out and said
 
 
-def make_module(device: torch.device, compiled: bool, checkpointing: bool) -> ds.TrainModule:
+def make_module(
+    device: torch.device, compiled: bool, checkpointing: bool
+) -> deepspeed_engine.TrainModule:
     """Model and UniCL method in float32."""
     torch.manual_seed(0)
     model = models.build(MODEL)
@@ -42,7 +44,11 @@ def make_module(device: torch.device, compiled: bool, checkpointing: bool) -> ds
     dims = {"embed_dim": model.embed_dim, "image_width": model.image_width,
             "text_width": model.text_width, "num_classes": 1000}  # fmt: skip
     settings = {"products": "bfloat16"} if device.type == "cuda" else {}
-    return ds.TrainModule(model, losses.build("unicl", settings, dims)).to(device).train()
+    return (
+        deepspeed_engine.TrainModule(model, losses.build("unicl", settings, dims))
+        .to(device)
+        .train()
+    )
 
 
 def make_batch(size: int, device: torch.device, seed: int = 0) -> Batch:
@@ -135,7 +141,7 @@ def _steps(
     }
     module = make_module(device, compiled, False)
     optimizer = optim.build(module.model, module.method, OptimConfig())
-    engine = ds.initialise(module, optimizer, config, device)
+    engine = deepspeed_engine.initialise(module, optimizer, config, device)
     stepper = Stepper(engine, Gather(), seed=0, graph_bytes=int(GRAPH_GB * 1e9))
     batches = [make_batch(micro, device, seed) for seed in range(pieces)]
     times = []

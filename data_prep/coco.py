@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import karpathy
-from data_prep.image_source import image_extension
+from data_prep.archives import karpathy
+from data_prep.archives.image_source import image_extension
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 

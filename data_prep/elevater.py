@@ -24,10 +24,10 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from data_prep import folder
-from data_prep.elevater_sources import Source, open_source, shard_image
-from data_prep.elevater_targets import ClassTable
-from data_prep.shard_writer import write_shards
+from data_prep.archives.elevater_sources import Source, open_source, shard_image
+from data_prep.archives.elevater_targets import ClassTable
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path, local
 
@@ -86,7 +86,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{row['title']} has no split {split} in ELEVATER; it has {has}")
     if arguments.samples_per_shard < 1:
         raise ConfigError("--samples-per-shard must be at least 1")
-    folder.check_part(arguments.part, arguments.parts)
+    set_folder.check_part(arguments.part, arguments.parts)
     prompts_file = PROMPTS / f"{arguments.set}.json"
     prompts = json.loads(prompts_file.read_text(encoding="utf-8"))
     texts = [entry["names"][0] for entry in prompts["classes"]]
@@ -96,9 +96,9 @@ def prepare(arguments: argparse.Namespace) -> None:
     check_count(row, split, len(labels), arguments.expected_images)
     digest = hashlib.sha256(prompts_file.read_bytes()).hexdigest()
     size = arguments.samples_per_shard
-    folder.begin(
+    set_folder.begin(
         arguments.out,
-        folder.Preparation(
+        set_folder.Preparation(
             tool="data_prep/elevater.py",
             name=f"{arguments.set}-{split}",
             # An image_label set has one label per image.
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=as_path, required=True)
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="default: 5000")
     parser.add_argument("--expected-images", type=int, help="default: ELEVATER's number")
-    folder.add_part_arguments(parser)
+    set_folder.add_part_arguments(parser)
     prepare(parser.parse_args())
 
 

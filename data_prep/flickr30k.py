@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import karpathy
+from data_prep.archives import karpathy
 from loaders.errors import run_cli
 from loaders.specs import as_path
 

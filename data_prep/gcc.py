@@ -19,9 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import folder, img2ds, url_list
-from data_prep.list_input import read_lines
-from data_prep.list_rows import NOT_UTF8, Notes, Rejected, Row, editor_line
+from data_prep.download import img2ds, url_list
+from data_prep.download.list_input import read_lines
+from data_prep.download.list_rows import NOT_UTF8, Notes, Rejected, Row, editor_line
+from data_prep.sets import set_folder
 from loaders.errors import DataError, run_cli
 from loaders.specs import as_path
 
@@ -160,10 +161,10 @@ def main() -> None:
     parser.add_argument("--dataset", choices=DATASETS, help="default: by the order of the columns")
     parser.add_argument("--out", type=as_path, required=True, help="folder of the set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000)
-    folder.add_part_arguments(parser)
+    set_folder.add_part_arguments(parser)
     img2ds.add_arguments(parser)
     arguments = parser.parse_args()
-    folder.check_part(arguments.part, arguments.parts)
+    set_folder.check_part(arguments.part, arguments.parts)
     options = img2ds.options(arguments)
     size = arguments.samples_per_shard
     key = find_dataset(arguments.tsv, arguments.dataset)
@@ -176,7 +177,7 @@ def main() -> None:
         {"dataset": key},
         size,
     )
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         tool="data_prep/gcc.py",
         name=key,
         kind="image_text",
@@ -192,7 +193,7 @@ def main() -> None:
         },
         extra={"list": {what: index[what] for what in url_list.SUMMARY}},
     )
-    folder.begin(arguments.out, preparation)
+    set_folder.begin(arguments.out, preparation)
     print(url_list.describe(index, arguments.part, arguments.parts))
     img2ds.download(arguments.out, arguments.part, arguments.parts, options)
     print(f"next: python data_prep/verify.py {arguments.out}")

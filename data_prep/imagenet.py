@@ -25,10 +25,11 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from data_prep import folder, imagenet_devkit
-from data_prep.image_table import Images, sample_reader
-from data_prep.nested_tar import open_images
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.archives import imagenet_devkit
+from data_prep.archives.image_table import Images, sample_reader
+from data_prep.archives.nested_tar import open_images
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
@@ -170,7 +171,7 @@ def check_md5(path: Path, expected: str) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `ConfigError` for options that do not fit together, `DataError` for no such file."""
-    folder.check_part(args.part, args.parts)
+    set_folder.check_part(args.part, args.parts)
     for wrong, what in (
         (args.devkit and args.split == "train", "--devkit holds the labels of --split val only"),
         (args.check_md5 and args.folder, "--check-md5 compares the official archive: name --tar"),
@@ -203,7 +204,7 @@ def prepare(args: argparse.Namespace) -> None:
     if images.ignored:
         print(f"files without the name of an image are left out: {', '.join(images.ignored)}")
     size = args.samples_per_shard
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         tool="data_prep/imagenet.py",
         name=f"imagenet1k_{args.split}",
         kind="image_label",
@@ -221,14 +222,14 @@ def prepare(args: argparse.Namespace) -> None:
         },
         extra={"split": args.split},
     )
-    folder.begin(args.out, preparation, table)
+    set_folder.begin(args.out, preparation, table)
     read = sample_reader(images, labels, [entry["synset"] for entry in table], ORIGIN[args.split])
     write_shards(args.out, order[permutation(len(images), SEED)], read, args.part, args.parts)
 
 
 def say_next(out: Path) -> None:
     """Print what is missing, and the command that closes the set."""
-    if left := len(folder.missing(out)):
+    if left := len(set_folder.missing(out)):
         print(f"{left} shards of other parts are not finished yet; when they are,")
     print(f"next: python data_prep/verify.py {out}")
 
@@ -246,7 +247,7 @@ def main() -> None:
     parser.add_argument("--samples-per-shard", type=int, default=2000, help="default: 2000")
     parser.add_argument("--expected-images", type=int, help="default: that of ILSVRC2012")
     parser.add_argument("--check-md5", action="store_true", help="compare the archives first")
-    folder.add_part_arguments(parser)
+    set_folder.add_part_arguments(parser)
     args = parser.parse_args()
     check_arguments(args)
     prepare(args)

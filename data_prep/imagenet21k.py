@@ -19,11 +19,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from data_prep import folder, wordnet
-from data_prep.image_table import Images, sample_reader
+from data_prep.archives import wordnet
+from data_prep.archives.image_table import Images, sample_reader
+from data_prep.archives.nested_tar import open_images
 from data_prep.imagenet import LICENSE, read_classes, say_next
-from data_prep.nested_tar import open_images
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
@@ -122,7 +123,7 @@ def prepare(args: argparse.Namespace) -> None:
     images = images.only(chosen)
     check_counts(args, facts, {"classes": len(chosen), "images": len(images)})
     size = args.samples_per_shard
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         tool="data_prep/imagenet21k.py",
         name=NAMES[args.release, args.exclude_in1k],
         kind="image_label",
@@ -145,7 +146,7 @@ def prepare(args: argparse.Namespace) -> None:
         {"id": label, "synset": synset, "names": list(wordnet.names(synset))}
         for label, synset in enumerate(chosen)
     ]
-    folder.begin(args.out, preparation, table)
+    set_folder.begin(args.out, preparation, table)
     print(f"{preparation.name}: {len(chosen)} classes, {len(images)} images")
     read = sample_reader(images, images.rows["group"], chosen, "{synset}/{name}")
     write_shards(args.out, permutation(len(images), SEED), read, args.part, args.parts)
@@ -166,9 +167,9 @@ def main() -> None:
     parser.add_argument("--expected-images", type=int, help="to write; default: all of the release")
     parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="default: 10000")
-    folder.add_part_arguments(parser)
+    set_folder.add_part_arguments(parser)
     args = parser.parse_args()
-    folder.check_part(args.part, args.parts)
+    set_folder.check_part(args.part, args.parts)
     if args.samples_per_shard < 1:
         raise ConfigError("--samples-per-shard must be at least 1")
     if not args.archive.exists():

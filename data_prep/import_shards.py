@@ -28,9 +28,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import folder
-from data_prep.import_about import Stated, find_kind, find_stated
-from data_prep.import_scan import SCAN, Original, beside, check_labels, count_contents, scan
+from data_prep.archives.import_about import Stated, find_kind, find_stated
+from data_prep.archives.import_scan import (
+    SCAN,
+    Original,
+    beside,
+    check_labels,
+    count_contents,
+    scan,
+)
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import KINDS
 from loaders.specs import as_path, expand
@@ -55,20 +62,20 @@ def publish(out: Path, originals: Sequence[Original]) -> None:
 
     Raises `DataError` if a shard of an earlier run leads to another tar.
     """
-    shards = out / folder.SHARDS
-    names = {f"{folder.shard_name(n)}.tar": o.path for n, o in enumerate(originals)}
+    shards = out / set_folder.SHARDS
+    names = {f"{set_folder.shard_name(n)}.tar": o.path for n, o in enumerate(originals)}
     for link in sorted(shards.glob("*.tar")):
         if names.get(link.name) != Path(os.readlink(link)):
             raise DataError(
                 f"{link}: leads to {os.readlink(link)}, now {names.get(link.name)} has this "
                 f"number: other tars are readable than before. Delete {out} and import again"
             )
-    done = folder.finished(out)
-    with folder.working_folder(out, 0, 1) as stage:
+    done = set_folder.finished(out)
+    with set_folder.working_folder(out, 0, 1) as stage:
         for number, original in enumerate(originals):
             if number in done:
                 continue
-            name = folder.shard_name(number)
+            name = set_folder.shard_name(number)
             stated = beside(original.path, "_stats.json")
             files = {".tar": original.path, ".parquet": beside(original.path, ".parquet")}
             if stated.is_file():
@@ -101,15 +108,15 @@ def import_set(arguments: argparse.Namespace) -> None:
     indexes in work/, and another one may take the folder.
     """
     out = arguments.out
-    folder.check_folder(out)
+    set_folder.check_folder(out)
     tars = find_tars(arguments.spec)
     stated = find_stated(arguments, tars)
-    begun = folder.load(out) if (out / folder.RUN).is_file() else None
+    begun = set_folder.load(out) if (out / set_folder.RUN).is_file() else None
     if begun:
         stated = replace(stated, name=arguments.name or begun.name)
         _refuse_other_tars(out, begun, [str(path) for path in tars])
     good, errors = [], []
-    wanted = begun is None or "originals" not in begun.extra or bool(folder.missing(out))
+    wanted = begun is None or "originals" not in begun.extra or bool(set_folder.missing(out))
     if wanted:
         good, errors = scan(out, tars)
         if not good and begun is None:
@@ -125,11 +132,11 @@ def import_set(arguments: argparse.Namespace) -> None:
         _say_what_was_found(arguments, stated, kind, why)
     classes = stated.classes if kind == "image_label" or arguments.classes else []
     preparation = _plan(stated, kind, tars, classes)
-    folder.begin(out, preparation, classes)
+    set_folder.begin(out, preparation, classes)
     if wanted:
         counts = [int(original.stats["count"]) for original in good]
-        folder.reopen(out)
-        folder.update(
+        set_folder.reopen(out)
+        set_folder.update(
             out,
             shards=len(good),
             samples_per_shard=max(counts),
@@ -138,16 +145,16 @@ def import_set(arguments: argparse.Namespace) -> None:
         )
         publish(out, good)
         _remove_scan(out)
-    stored = folder.load(out)
-    kept = sum(stats["successes"] for stats in folder.finished(out).values())
+    stored = set_folder.load(out)
+    kept = sum(stats["successes"] for stats in set_folder.finished(out).values())
     print(f"{stored.shards} tars, {kept} samples; {len(stored.extra['skipped'])} tars skipped")
     print(f"next: python data_prep/verify.py {out}")
 
 
 def _remove_scan(out: Path) -> None:
     """Remove the links and indexes of the scan, and folders that hold nothing else."""
-    shutil.rmtree(out / folder.WORK / SCAN)
-    for place in (out / folder.WORK, out):
+    shutil.rmtree(out / set_folder.WORK / SCAN)
+    for place in (out / set_folder.WORK, out):
         with suppress(OSError):  # not empty
             place.rmdir()
 
@@ -155,7 +162,7 @@ def _remove_scan(out: Path) -> None:
 def _plan(stated: Stated, kind: str, tars: Sequence[Path], classes: list[dict]):
     """The `Preparation`, but for what is known of the readable tars alone."""
     paths = "\n".join(map(str, tars))
-    return folder.Preparation(
+    return set_folder.Preparation(
         tool="data_prep/import_shards.py",
         name=stated.name,
         kind=kind,
@@ -182,7 +189,7 @@ def _say_what_was_found(arguments: argparse.Namespace, stated: Stated, kind: str
         print(f"--classes not given: {len(stated.classes)} classes of {stated.classes_from}")
 
 
-def _refuse_other_tars(out: Path, begun: folder.Preparation, tars: Sequence[str]) -> None:
+def _refuse_other_tars(out: Path, begun: set_folder.Preparation, tars: Sequence[str]) -> None:
     """`DataError`, naming tars, if the set was begun from others."""
     digest = hashlib.sha256("\n".join(tars).encode()).hexdigest()
     before = begun.identity.get("tars_sha256")

@@ -18,12 +18,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHIPPED = REPOSITORY / "data" / "quickstart"
 sys.path.insert(0, str(REPOSITORY))
 
-from data_prep import quickstart_packages as packages
-from data_prep.quickstart_classes import class_table
-from data_prep.quickstart_emoji import fluent_samples, noto_samples, read_emoji, twemoji_samples
-from data_prep.quickstart_openclipart import openclipart_samples
-from data_prep.quickstart_stamps import stamp_samples
-from data_prep.quickstart_write import write_set
+from data_prep.clipart import packages
+from data_prep.clipart.classes import class_table
+from data_prep.clipart.emoji import fluent_samples, noto_samples, read_emoji, twemoji_samples
+from data_prep.clipart.openclipart import openclipart_samples
+from data_prep.clipart.stamps import stamp_samples
+from data_prep.clipart.write import write_set
 from loaders.errors import run_cli
 from loaders.specs import as_path
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import concepts, folder
-from data_prep.report_collect import Source, collect, iterate_captions, open_source
-from data_prep.report_figures import draw
+from data_prep.checks import concepts
+from data_prep.checks.report_collect import Source, collect, iterate_captions, open_source
+from data_prep.checks.report_figures import draw
+from data_prep.sets import set_folder
 from loaders.errors import run_cli
 from loaders.specs import as_path
 
@@ -89,7 +90,7 @@ def report(outs: list[Path], model: str | None, workers: int, output: Path) -> l
         sets.append(facts | {"table_1": table_1(source, facts, model, workers), "model": model})
     output.mkdir(parents=True, exist_ok=True)
     draw(sets, output / "report.png")
-    folder.replace_file(output / "report.md", markdown(sets))
+    set_folder.replace_file(output / "report.md", markdown(sets))
     for facts in sets:
         del facts["table_1"]["counts"]
         if (title := published(facts["name"])) is not None:
@@ -97,7 +98,7 @@ def report(outs: list[Path], model: str | None, workers: int, output: Path) -> l
             row = dict(zip(keys, PUBLISHED[title], strict=False))
             facts["published"] = {"name": title, **row, "source": PAPER}
     text = json.dumps({"sets": sets}, indent=1, ensure_ascii=False) + "\n"
-    folder.replace_file(output / "report.json", text)
+    set_folder.replace_file(output / "report.json", text)
     return sets
 
 

@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import folder
-from data_prep.expression import CannotEvaluate, Expression
-from data_prep.shard_writer import Unusable, permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.expression import CannotEvaluate, Expression
+from data_prep.sets.shard_writer import Unusable, permutation, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import CAPTION_LINES, MANIFEST, ShardSet, open_shards
 from loaders.plain_text import text_lines
@@ -214,7 +214,7 @@ def check_closed(inputs: Sequence[str]) -> None:
     """Raise `DataError` for a set that is still being prepared: a part of it would be taken."""
     for part in "::".join(inputs).split("::"):
         for place in (Path(part), *Path(part).parents[:2]):  # D, D/shards or D/shards/*.tar
-            if (place / folder.RUN).is_file() and not (place / MANIFEST).is_file():
+            if (place / set_folder.RUN).is_file() and not (place / MANIFEST).is_file():
                 raise DataError(f"{place}: not closed yet; run python data_prep/verify.py {place}")
 
 
@@ -222,7 +222,7 @@ def describe_inputs(shards: ShardSet) -> list[dict[str, str]]:
     """Name, source and license of each folder of tars, from its manifest where it has one."""
     found = []
     for place, name in _set_names(shards).items():
-        homes = [place.parent, place] if place.name == folder.SHARDS else [place]
+        homes = [place.parent, place] if place.name == set_folder.SHARDS else [place]
         manifests = [home / MANIFEST for home in homes if (home / MANIFEST).is_file()]
         stated = json.loads(manifests[0].read_bytes()) if manifests else {}
         about = {key: stated.get(key, "not stated") for key in ("source", "license")}
@@ -278,7 +278,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--complement", action="store_true", help="--fraction: keep the others")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of --fraction")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="default: 10000")
-    folder.add_part_arguments(parser)
+    set_folder.add_part_arguments(parser)
     arguments = parser.parse_args()
     fraction = arguments.fraction
     for wrong, what in (
@@ -290,7 +290,7 @@ def parse_arguments() -> argparse.Namespace:
     ):
         if wrong:
             raise ConfigError(what)
-    folder.check_part(arguments.part, arguments.parts)
+    set_folder.check_part(arguments.part, arguments.parts)
     return arguments
 
 
@@ -303,7 +303,7 @@ def _fraction(text: str) -> Fraction:
 
 def main() -> None:
     arguments = parse_arguments()
-    folder.check_folder(arguments.out)
+    set_folder.check_folder(arguments.out)
     check_closed(arguments.inputs)
     shards = open_shards(arguments.inputs)
     mask, selection = select(shards, arguments)
@@ -312,7 +312,7 @@ def main() -> None:
         raise DataError(f"none of the {len(shards)} samples is chosen; there is nothing to write")
     print(f"{len(chosen)} of {len(shards)} samples are chosen")
     inputs, lines = describe_inputs(shards), caption_lines(shards)
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         tool="data_prep/reshard.py",
         name=out.resolve().name,
         kind=shards.kind,
@@ -333,9 +333,9 @@ def main() -> None:
     )
     classes = [{**asdict(entry), "names": list(entry.names)} for entry in shards.classes]
     # Before the set is begun: it refuses tars that were replaced since they were indexed.
-    copier = None if (out / folder.RUN).is_file() else Copier(shards, chosen)
-    folder.begin(out, preparation, classes)
-    if folder.missing(out, arguments.part, arguments.parts):
+    copier = None if (out / set_folder.RUN).is_file() else Copier(shards, chosen)
+    set_folder.begin(out, preparation, classes)
+    if set_folder.missing(out, arguments.part, arguments.parts):
         order = chosen[permutation(len(chosen), arguments.seed)]
         copier = copier or Copier(shards, chosen)
         write_shards(out, order, copier, arguments.part, arguments.parts)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import folder, img2ds, url_list
-from data_prep.reasons import FAILURES, SUCCESS, TEMPORARY, reason_group
+from data_prep.download import img2ds, url_list
+from data_prep.download.reasons import FAILURES, SUCCESS, TEMPORARY, reason_group
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
@@ -37,14 +38,14 @@ def failed_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     rows, groups = [np.empty(0, np.int64)], [np.empty(0, str)]
     for shard in tqdm(
-        folder.finished(out), desc="reading what failed", unit="shard", mininterval=1
+        set_folder.finished(out), desc="reading what failed", unit="shard", mininterval=1
     ):
-        path = out / folder.SHARDS / f"{folder.shard_name(shard)}.parquet"
+        path = out / set_folder.SHARDS / f"{set_folder.shard_name(shard)}.parquet"
         try:
             table = pq.read_table(path, columns=["row", "status", "error_message"])
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{path}: cannot be read ({error}); move shard {shard} to {folder.QUARANTINE}/ "
+                f"{path}: cannot be read ({error}); move shard {shard} to {set_folder.QUARANTINE}/ "
                 "and fetch it again with the command that began the set"
             ) from None
         succeeded = pc.equal(table["status"], SUCCESS)
@@ -63,7 +64,7 @@ def select(out: Path, index: dict, rows: np.ndarray) -> pa.Table:
     """The rows (n,) of the list that the set began with, in its order."""
     tables = []
     for entry in _base(index)["files"]:
-        table = pq.read_table(out / folder.LIST / entry["file"])
+        table = pq.read_table(out / set_folder.LIST / entry["file"])
         tables.append(table.filter(pa.array(np.isin(table["row"].to_numpy(), rows))))
     return pa.concat_tables(tables).select(index["columns"])
 
@@ -73,7 +74,7 @@ def begin_retry(out: Path, reasons: list[str]) -> int:
 
     Prints the rows of each group. Raises `DataError` if another process prepares the set.
     """
-    with folder.working_folder(out, 0, 1):
+    with set_folder.working_folder(out, 0, 1):
         index = url_list.read_index(out)
         rows, groups = failed_rows(out)
         chosen = np.isin(groups, reasons)
@@ -105,10 +106,10 @@ def _base(index: dict) -> dict:
 
 def _plan_appended(out: Path) -> None:
     """Plan the shards of all files of the list."""
-    preparation = folder.load(out)
+    preparation = set_folder.load(out)
     shards = url_list.shard_count(url_list.read_index(out), preparation.samples_per_shard)
     if shards != preparation.shards:
-        folder.update(out, shards=shards)
+        set_folder.update(out, shards=shards)
 
 
 def main() -> None:
@@ -126,11 +127,11 @@ def main() -> None:
     img2ds.add_network_arguments(parser)
     arguments = parser.parse_args()
     out, reasons = arguments.folder, check_reasons(arguments.reasons)
-    preparation = folder.load(out)
+    preparation = set_folder.load(out)
     options = img2ds.options(arguments, **img2ds.from_identity(preparation.identity))
     base = url_list.base_shards(out)
     _plan_appended(out)  # a kill may have come between the list and the plan
-    missing = folder.missing(out)
+    missing = set_folder.missing(out)
     if missing and missing[0] < base:
         raise DataError(
             f"{out}: {sum(shard < base for shard in missing)} of {base} shards are not finished "
@@ -141,7 +142,7 @@ def main() -> None:
     elif not begin_retry(out, reasons):
         print(f"{out}: no failed row of these groups: nothing to try again")
         return
-    missing = folder.missing(out)
+    missing = set_folder.missing(out)
     img2ds.fetch(out, 0, 1, options)
     img2ds.summarise(out, missing)
     print(f"next: python data_prep/verify.py {out}")

@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import folder
-from data_prep.verify_lock import alone
-from data_prep.verify_pool import check_all
-from data_prep.verify_shard import LABEL_FAULT, RESULTS, Task, kept_result
+from data_prep.checks.verify_lock import alone
+from data_prep.checks.verify_pool import check_all
+from data_prep.checks.verify_shard import LABEL_FAULT, RESULTS, Task, kept_result
+from data_prep.sets import set_folder
 from loaders.errors import DataError, run_cli
 from loaders.manifest import ShardInfo, write_manifest
 from loaders.specs import as_path
@@ -74,13 +74,13 @@ def verify(
     table, or if the set cannot be read or changes meanwhile.
     """
     start = time.monotonic()
-    preparation = folder.load(out)
+    preparation = set_folder.load(out)
     with alone(out):
         lost = _quarantine_unfinished(out)
-        kind, classes = preparation.kind, len(folder.load_classes(out))
+        kind, classes = preparation.kind, len(set_folder.load_classes(out))
         tasks = [
             Task(out, shard, int(stats["successes"]), kind, classes, decode)
-            for shard, stats in folder.finished(out).items()
+            for shard, stats in set_folder.finished(out).items()
         ]
         results = {t.shard: kept for t in tasks if (kept := kept_result(t)) is not None}
         todo = [task for task in tasks if task.shard not in results]
@@ -94,12 +94,12 @@ def verify(
         results = dict(sorted(results.items()))
         _remove_empty_tars(out, results)
         _list_bad_samples(out, results)
-        missing = folder.missing(out)
+        missing = set_folder.missing(out)
         if missing and not allow_missing:
             raise _missing_shards(out, preparation, missing, lost)
         for shard, reason in lost.items():
-            print(f"quarantined shard {folder.shard_name(shard)}: {reason}")
-        if folder.load(out) != preparation or set(folder.finished(out)) != set(results):
+            print(f"quarantined shard {set_folder.shard_name(shard)}: {reason}")
+        if set_folder.load(out) != preparation or set(set_folder.finished(out)) != set(results):
             raise DataError(f"{out}: shards were added while verify.py ran; run it again")
         _close(out, preparation, results, missing)
     good = [result for shard, result in fresh.items() if shard in results]
@@ -120,16 +120,16 @@ def quarantine(out: Path, shard: int, reason: str) -> Path:
 
     The tar goes first: from then on the shard counts as missing, whatever happens.
     """
-    folder.reopen(out)
-    name, number = folder.shard_name(shard), 0
-    place = out / folder.QUARANTINE / name
+    set_folder.reopen(out)
+    name, number = set_folder.shard_name(shard), 0
+    place = out / set_folder.QUARANTINE / name
     while place.exists():
         number += 1
         place = place.with_name(f"{name}.{number}")
     place.mkdir(parents=True)
     (place / REASON).write_text(f"{reason}\n", encoding="utf-8", errors="surrogateescape")
     for end in (".tar", ".parquet", "_stats.json"):
-        path = out / folder.SHARDS / f"{name}{end}"
+        path = out / set_folder.SHARDS / f"{name}{end}"
         if path.is_symlink():  # of an imported set; moved as it is, a relative link would break
             (place / path.name).symlink_to(os.path.abspath(path.parent / os.readlink(path)))
             path.unlink()
@@ -141,8 +141,8 @@ def quarantine(out: Path, shard: int, reason: str) -> Path:
 
 def _quarantine_unfinished(out: Path) -> dict[int, str]:
     """Take away tars without statistics; returns the reasons by shard."""
-    finished, reasons = folder.finished(out), {}
-    for tar in sorted((out / folder.SHARDS).glob("*.tar")):
+    finished, reasons = set_folder.finished(out), {}
+    for tar in sorted((out / set_folder.SHARDS).glob("*.tar")):
         if not tar.exists():
             raise DataError(
                 f"{tar}: links to {os.readlink(tar)}, which is not there; mount the disk or bring "
@@ -163,13 +163,15 @@ def _remove_empty_tars(out: Path, results: dict[int, dict]) -> None:
     """Remove tars without a sample: readers that are given a range of tars refuse them."""
     for shard, result in results.items():
         if not result["samples"]:
-            (out / folder.SHARDS / f"{folder.shard_name(shard)}.tar").unlink(missing_ok=True)
+            (out / set_folder.SHARDS / f"{set_folder.shard_name(shard)}.tar").unlink(
+                missing_ok=True
+            )
 
 
 def _list_bad_samples(out: Path, results: dict[int, dict]) -> None:
     """Write D/bad_samples.tsv: `shard/key`, tab, reason."""
     lines = [
-        f"{folder.shard_name(shard)}/{key}\t{' '.join(reason.split())}\n"
+        f"{set_folder.shard_name(shard)}/{key}\t{' '.join(reason.split())}\n"
         for shard, result in results.items()
         for key, reason in result["bad"]
     ]
@@ -177,7 +179,7 @@ def _list_bad_samples(out: Path, results: dict[int, dict]) -> None:
     if not lines:
         path.unlink(missing_ok=True)
         return
-    folder.replace_file(path, "".join(lines))
+    set_folder.replace_file(path, "".join(lines))
     print(
         f"{len(lines)} bad samples, listed in {path}; training counts and skips them. To leave "
         f"them out: python data_prep/reshard.py {out} --keys {path} --drop --out NEW"
@@ -185,9 +187,9 @@ def _list_bad_samples(out: Path, results: dict[int, dict]) -> None:
 
 
 def _missing_shards(out: Path, preparation, missing: list[int], lost: dict) -> DataError:
-    moved = "".join(f"\n  {folder.shard_name(shard)}: {lost[shard]}" for shard in sorted(lost))
+    moved = "".join(f"\n  {set_folder.shard_name(shard)}: {lost[shard]}" for shard in sorted(lost))
     if moved:
-        moved = f"\nMoved to {out / folder.QUARANTINE}:{moved}"
+        moved = f"\nMoved to {out / set_folder.QUARANTINE}:{moved}"
     return DataError(
         f"{out}: {len(missing)} of {preparation.shards} shards are missing: {ranges(missing)}. "
         f"Make them with the command that began the set (python {preparation.tool} … --out {out}), "
@@ -203,26 +205,28 @@ def ranges(numbers: Sequence[int]) -> str:
             spans[-1][1] = number
         else:
             spans.append([number, number])
-    name = folder.shard_name
+    name = set_folder.shard_name
     return ", ".join(name(a) if a == b else f"{name(a)}-{name(b)}" for a, b in spans)
 
 
-def _close(out: Path, preparation: folder.Preparation, results: dict, missing: list[int]) -> None:
+def _close(
+    out: Path, preparation: set_folder.Preparation, results: dict, missing: list[int]
+) -> None:
     """Write sizes.json and then manifest.json, from what is known: no tar is read again."""
     shards, labels = [], []
     for shard, result in results.items():
-        name = folder.shard_name(shard)
+        name = set_folder.shard_name(shard)
         labels += [f"{name}/{key}: {why}" for key, why in result["bad"] if LABEL_FAULT in why]
         if result["samples"]:
-            path = str(out / folder.SHARDS / f"{name}.tar")
+            path = str(out / set_folder.SHARDS / f"{name}.tar")
             shards.append(ShardInfo(path, result["samples"], result["bytes"], result["sha256"]))
     if not shards:
         raise DataError(f"{out}: no image was kept; data_prep/report.py {out} says why")
     if labels and preparation.kind == "image_label":
         raise DataError(
-            f"{out}: {len(labels)} samples without a label of {folder.CLASSES}: "
+            f"{out}: {len(labels)} samples without a label of {set_folder.CLASSES}: "
             f"{', '.join(labels[:5])}; all are in {out / BAD_SAMPLES}. Training refuses such a "
-            f"set: restore {folder.CLASSES}, or make the set again (python {preparation.tool} …)"
+            f"set: restore {set_folder.CLASSES}, or make it again (python {preparation.tool} …)"
         )
     extra = {
         "tool": preparation.tool,
@@ -233,12 +237,14 @@ def _close(out: Path, preparation: folder.Preparation, results: dict, missing: l
         "missing_shards": missing,
     }
     sizes = {Path(info.path).name: info.samples for info in shards}
-    folder.replace_file(out / folder.SHARDS / folder.SIZES, json.dumps(sizes, indent=1) + "\n")
+    set_folder.replace_file(
+        out / set_folder.SHARDS / set_folder.SIZES, json.dumps(sizes, indent=1) + "\n"
+    )
     write_manifest(
         out,
         preparation.name,
         preparation.kind,
-        folder.load_classes(out),
+        set_folder.load_classes(out),
         preparation.source,
         preparation.license,
         preparation.date,
@@ -276,7 +282,7 @@ def main() -> None:
             "have some room; shards that were checked are kept: run the same command again"
         ) from None
     print(summary)
-    print(f"closed: {out / folder.MANIFEST}")
+    print(f"closed: {out / set_folder.MANIFEST}")
     print(f"next: python data_prep/report.py {out} --output DIR")
 
 

@@ -34,9 +34,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep import folder, img2ds, url_list, yfcc_metadata
-from data_prep.list_input import read_lines
-from data_prep.list_rows import WEB, Notes, Rejected, Row
+from data_prep.archives import yfcc_metadata
+from data_prep.download import img2ds, url_list
+from data_prep.download.list_input import read_lines
+from data_prep.download.list_rows import WEB, Notes, Rejected, Row
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.manifest import CAPTION_LINES
 from loaders.specs import as_path, local
@@ -230,10 +232,10 @@ def parse_arguments() -> tuple[argparse.Namespace, Job]:
     parser.add_argument("--name", help="name of the set (default: of the list)")
     parser.add_argument("--out", type=as_path, required=True, help="folder of the set")
     parser.add_argument("--samples-per-shard", type=int, default=10_000)
-    folder.add_part_arguments(parser)
+    set_folder.add_part_arguments(parser)
     img2ds.add_arguments(parser)
     given = parser.parse_args()
-    folder.check_part(given.part, given.parts)
+    set_folder.check_part(given.part, given.parts)
     expected = given.expected_rows or LISTS[given.list].photos
     return given, Job(
         given.list,
@@ -265,7 +267,7 @@ def main() -> None:
     )
     check_count(job, index["facts"])
     identity = {"list": job.list_name, **index["facts"]}
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         tool="data_prep/yfcc.py",
         name=given.name or published.name,
         kind="image_text",
@@ -286,7 +288,7 @@ def main() -> None:
             **({CAPTION_LINES: True} if job.list_name == "declip" else {}),
         },
     )
-    folder.begin(given.out, preparation)
+    set_folder.begin(given.out, preparation)
     print(f"{job.list_name}: {identity['ids']} photo ids, sha256 {identity['ids_sha256']}")
     print(url_list.describe(index, given.part, given.parts))
     img2ds.download(given.out, given.part, given.parts, options)

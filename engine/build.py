@@ -11,7 +11,7 @@ from torch import nn
 
 import losses
 import models
-from engine import compilation, config, config_paths, ds, identity, optim
+from engine import compilation, config, config_paths, deepspeed_engine, identity, optim
 from engine.schedule import learning_rate
 from loaders import source_names, texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
@@ -86,8 +86,8 @@ class Plan:
             f"{self.rates['min_lr']:.1e}, "
             f"weight decay {self.cfg.optim.weight_decay}, "
             f"gradient clipping {self.deepspeed['gradient_clipping'] or 'none'}",
-            f"  DeepSpeed ZeRO-{ds.stage(self.deepspeed)}, "
-            f"{str(ds.precision(self.deepspeed)).removeprefix('torch.')}",
+            f"  DeepSpeed ZeRO-{deepspeed_engine.stage(self.deepspeed)}, "
+            f"{str(deepspeed_engine.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
         if self.warmup > self.steps:
             lines.append(
@@ -110,7 +110,9 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         ConfigError: contradictions in the configuration or the DeepSpeed file.
         DataError: data that is missing, broken, or too little for one batch.
     """
-    deepspeed = ds.resolve(ds.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed)
+    deepspeed = deepspeed_engine.resolve(
+        deepspeed_engine.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed
+    )
     method = losses.find(cfg.loss.get("name", "unicl"))
     sources = [
         _open(spec, kind)
@@ -172,11 +174,11 @@ def engine(plan: Plan, device: torch.device):
     if cfg.train.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if cfg.train.compile:
-        compilation.compile_towers(model, ds.stage(plan.deepspeed), device)
+        compilation.compile_towers(model, deepspeed_engine.stage(plan.deepspeed), device)
     method = build_method(plan, model)
     optimizer = optim.build(model, method, cfg.optim)
-    module = ds.TrainModule(model, method).to(device).train()
-    return ds.initialise(module, optimizer, plan.deepspeed, device)
+    module = deepspeed_engine.TrainModule(model, method).to(device).train()
+    return deepspeed_engine.initialise(module, optimizer, plan.deepspeed, device)
 
 
 def describe_parts(plan: Plan) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from engine import disk, dist, ds, universal
+from engine import deepspeed_engine, disk, dist, universal
 from loaders.errors import DataError
 from models import weight_files
 
@@ -129,7 +129,9 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
         facts["unicl_parameter_order"] = universal.parameter_order(engine)
     with disk.flushing(engine, attempt):
         engine.save_checkpoint(str(root), tag=scratch.name, client_state=facts, save_latest=False)
-    weights = {name: whole for name, whole in ds.full_state(engine) if dist.rank() == 0}
+    weights = {
+        name: whole for name, whole in deepspeed_engine.full_state(engine) if dist.rank() == 0
+    }
     with attempt.noted():
         if dist.rank() == 0:
             save_file(weights, scratch / "model.safetensors", metadata={"format": "pt"})
@@ -159,7 +161,7 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     # Decay and betas are the configuration's that continues; DeepSpeed restores those that were.
     asked = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     # DeepSpeed's own torch.load would run whatever a pickle asks for.
-    with weight_files.plain_data_only(checkpoint, ds.checkpoint_classes()):
+    with weight_files.plain_data_only(checkpoint, deepspeed_engine.checkpoint_classes()):
         if (facts["world_size"], facts["zero_stage"]) != here:
             converted = universal.convert(checkpoint, facts["zero_stage"], engine.device)
             universal.load(engine, checkpoint, converted)

@@ -41,7 +41,7 @@ class Meter:
             out: `loss` scalar, optionally `sample_loss` (b,) and `positives` (b,).
             labels: (b,) int64, >= 0 for image-label samples.
             bad: samples of the step that were unreadable and replaced.
-            nonfinite: bool scalar, see `engine.finite`.
+            nonfinite: bool scalar, see `engine.nonfinite`.
         """
         sample_loss = out.get("sample_loss", torch.zeros_like(labels, dtype=torch.float32))
         positives = out.get("positives", torch.ones_like(labels)).double()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from engine import build, checkpoint, dist, ds, record
+from engine import build, checkpoint, deepspeed_engine, dist, record
 from engine.bad_samples import BadSamples
 from engine.clock import Clock, slow_line
-from engine.finite import FiniteGuard
 from engine.log import Meter, RunLog, read_window, write_window
+from engine.nonfinite import FiniteGuard
 from engine.signals import StopRequest, requeue
 from engine.step import Batch, Stepper
 from engine.watch import Watch
@@ -207,7 +207,7 @@ class Trainer:
             for key, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-        dtype = ds.precision(self.plan.deepspeed)
+        dtype = deepspeed_engine.precision(self.plan.deepspeed)
         moved["image"] = normalize(moved["image"], self.image.mean, self.image.std, dtype)
         return {**moved, "bad": batch["bad"]}
 
@@ -233,7 +233,7 @@ class Trainer:
             "step": self.done,
             "samples": self.done * self.cfg.train.global_batch,
             "lr": rate,
-            "scale": ds.scale(self.engine),
+            "scale": deepspeed_engine.scale(self.engine),
             "grad_norm": _gradient_norm(self.engine),
             **speed,
         }

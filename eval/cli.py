@@ -11,8 +11,10 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from engine.launch import in_step, map_environment
-from eval import rows, sources
+from eval import rows
 from eval.features import Extractor
+from eval.sources.registry import REGISTRY, EvalDataset, Registry
+from eval.sources.splits import present
 from loaders.errors import CommandParser, DataError
 from loaders.specs import as_path
 from models import weights
@@ -30,11 +32,11 @@ class Outcome:
 
 
 # A task extracts features (all processes) and scores them (main process; the others return None).
-Task = Callable[[Extractor, sources.EvalDataset], Outcome | None]
+Task = Callable[[Extractor, EvalDataset], Outcome | None]
 
 
 def make_rows(
-    run: weights.LoadedRun, dataset: sources.EvalDataset, task: str, outcome: Outcome
+    run: weights.LoadedRun, dataset: EvalDataset, task: str, outcome: Outcome
 ) -> list[dict]:
     """Result rows of an outcome; see `rows.make_rows`."""
     return rows.make_rows(
@@ -91,16 +93,16 @@ def run(
     description: str,
     evaluate: Task,
     argv: Sequence[str] | None,
-    registry: Path | str = sources.REGISTRY,
+    registry: Path | str = REGISTRY,
 ) -> None:
     """Evaluate every run on every selected data set and write DIR/<run>_<task>.jsonl.
 
     A row appears as soon as it is known, so that an interrupted command loses one set at most.
     """
     args = parse(task, description, argv)
-    known = sources.Registry(registry, args.data_root)
+    known = Registry(registry, args.data_root)
     selected = known.select(args.datasets, task, getattr(args, "protocol", None))
-    found = [row for row in selected if sources.present(row, task, row.name in args.datasets)]
+    found = [row for row in selected if present(row, task, row.name in args.datasets)]
     if not found:
         raise DataError(f"none of {', '.join(args.datasets)} is there for {task}: nothing to do")
     accelerator = make_accelerator()

@@ -30,8 +30,10 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
 
-from eval import cli, detection_metrics, detection_model, sources, variants
-from eval.detection_data import Instances, collate
+from eval import cli, protocols
+from eval.detector import coco_metrics, mask_rcnn
+from eval.detector.instances import Instances, collate
+from eval.sources.registry import Registry
 from loaders import manifest
 from loaders.errors import CommandParser, ConfigError, NonFiniteLoss, run_cli
 from loaders.specs import as_path
@@ -67,7 +69,7 @@ def train(
     if args.batch_size % ranks:
         raise ConfigError(f"--batch-size {args.batch_size} is no multiple of {ranks} processes")
     model.to(accelerator.device)
-    optimizer, warm_up, words = detection_model.optimizer(model)
+    optimizer, warm_up, words = mask_rcnn.optimizer(model)
     generator = torch.Generator()
     loader = DataLoader(
         data,
@@ -143,7 +145,7 @@ def detect(
     for position, (images, _) in zip(mine, bar, strict=True):
         output = model([image.to(accelerator.device) for image in images])[0]
         image_id = data.records[data.indices[position]]["image_id"]
-        found += detection_metrics.detections(image_id, output, data.categories)
+        found += coco_metrics.detections(image_id, output, data.categories)
     gathered = gather_object(found)
     return gathered if accelerator.is_main_process else None
 
@@ -160,7 +162,7 @@ def transfer(
     validation = Instances(args.val, False, training.class_names)
     image = ModelConfig.from_dict(run.cfg["model"]).image
     torch.manual_seed(SEED)
-    model = detection_model.build(
+    model = mask_rcnn.build(
         run.model.image, image.name, len(training.class_names), image.mean, image.std,
         args.image_size,
     )  # fmt: skip
@@ -173,7 +175,7 @@ def transfer(
     if found is None:
         return None
     ids = [validation.records[i]["image_id"] for i in validation.indices]
-    results = detection_metrics.mean_precision(validation.ground_truth(), found, ids)
+    results = coco_metrics.mean_precision(validation.ground_truth(), found, ids)
     protocol = (
         f"Mask R-CNN with FPN (torchvision), {args.epochs} epochs of {len(training)} images, "
         f"{args.batch_size} a step, {words}, a tenth after 8/12 and 11/12 of the epochs, short "
@@ -201,13 +203,13 @@ def options_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = options_parser().parse_args(argv)
-    row = sources.Registry().datasets["coco_detection"]
+    row = Registry().datasets["coco_detection"]
     accelerator = cli.make_accelerator()
     for folder in args.checkpoint:
         loaded = weights.load(folder)
         outcome = transfer(accelerator, loaded, args)
         if outcome is not None:
-            variants.store(args.output, loaded, row, "detection", outcome)
+            protocols.store(args.output, loaded, row, "detection", outcome)
 
 
 if __name__ == "__main__":

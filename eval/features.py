@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from eval.sources import EvalSplit
+from eval.sources.splits import EvalSplit
 from loaders import tokenizers, views
 from loaders.workers import GuardedLoader
 from models.config import ModelConfig

@@ -26,9 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval import cli, elevater_metrics, features, source_classes, sources, variants
+from eval import cli, elevater_metrics, features, protocols
 from eval.features import Extractor
 from eval.linear_probe import initial_head
+from eval.sources import common_classes
+from eval.sources.registry import REGISTRY, EvalDataset
+from eval.sources.splits import EvalSplit
 from loaders import views
 from loaders.errors import CommandParser, ConfigError, NonFiniteLoss, run_cli
 from models.two_tower import TwoTower
@@ -64,7 +67,7 @@ class Classifier(nn.Module):
 class TrainingViews(Dataset):
     """Random views of a split; an index is (epoch, sample), and decides the view with the seed."""
 
-    def __init__(self, split: sources.EvalSplit, targets: np.ndarray, seed: int) -> None:
+    def __init__(self, split: EvalSplit, targets: np.ndarray, seed: int) -> None:
         """`targets` of `split` as `source_classes.meet` gives them: (n,), or (n, K) of 0 and 1."""
         self.split, self.targets, self.seed = split, targets, seed
         # Sizes only: the statistics belong to the recipe that erases, which this is not.
@@ -141,14 +144,14 @@ def train(
 
 
 def evaluate(
-    extractor: Extractor, row: sources.EvalDataset, args: argparse.Namespace
+    extractor: Extractor, row: EvalDataset, args: argparse.Namespace
 ) -> Iterator[tuple[str, cli.Outcome]]:
     """Fine-tune on the training split, score the last epoch on the test split.
 
     The head has one output for each class of `source_classes.meet`: all that were trained.
     """
     accelerator = extractor.accelerator
-    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     names, truth, test = classes.names, classes.targets["test"], splits["test"]
     head, digest = initial_head(extractor, test, names, args.head_init)
     if head is None:  # every process starts from the same weights: DDP sends the main one's
@@ -191,13 +194,13 @@ def options_parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
-    args, rest, about = variants.parse(
+    args, rest, about = protocols.parse(
         "finetune", "Fine-tuning of the image tower.", options_parser(), argv
     )
     task = partial(evaluate, args=args)
-    variants.run("finetune", "linear_probe", about, task, rest, registry)
+    protocols.run("finetune", "linear_probe", about, task, rest, registry)
 
 
 if __name__ == "__main__":

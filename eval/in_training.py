@@ -11,8 +11,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval import cli, knn, retrieval, rows, source_classes, sources, zero_shot
+from eval import cli, knn, retrieval, rows, zero_shot
 from eval.features import Extractor
+from eval.sources import common_classes
+from eval.sources.registry import REGISTRY, EvalDataset, Registry
+from eval.sources.splits import EvalSplit, present
 from loaders.errors import ConfigError
 from models import weights
 
@@ -21,40 +24,40 @@ EVALS = "evals.jsonl"
 
 
 def select(
-    plan: Mapping[str, Sequence[str]], registry: Path | str = sources.REGISTRY
-) -> list[tuple[str, sources.EvalDataset]]:
+    plan: Mapping[str, Sequence[str]], registry: Path | str = REGISTRY
+) -> list[tuple[str, EvalDataset]]:
     """(task, data set) pairs that `evals:` of a configuration asks for, before any GPU time.
 
     Raises:
         ConfigError: unknown task or data set. DataError: a set that is named is not on disk, or
             its samples or classes are not what the task needs.
     """
-    known = sources.Registry(registry, None)
+    known = Registry(registry, None)
     chosen = []
     for task, names in plan.items():
         if task not in TASKS:
             raise ConfigError(f"evals.{task}: one of {', '.join(TASKS)}")
         for row in known.select(list(names), task, None):
-            if sources.present(row, task, row.name in names):
+            if present(row, task, row.name in names):
                 _open(task, row)
                 chosen.append((task, row))
     return chosen
 
 
-def _open(task: str, row: sources.EvalDataset) -> None:
+def _open(task: str, row: EvalDataset) -> None:
     """Open what `task` reads of `row`: what is wrong with its classes must not wait for the first
     checkpoint. No image is decoded, so the crop does not matter."""
     if task == "knn":
-        source_classes.open_splits(row, ("train",), crop=1)
+        common_classes.open_splits(row, ("train",), crop=1)
         return
-    split = sources.EvalSplit(row, "test", crop=1)
+    split = EvalSplit(row, "test", crop=1)
     if task == "zero_shot":
         split.class_names()
 
 
 def evaluate(
     checkpoint: Path,
-    chosen: Sequence[tuple[str, sources.EvalDataset]],
+    chosen: Sequence[tuple[str, EvalDataset]],
     batch_size: int = 64,
     workers: int = 2,
 ) -> list[dict]:

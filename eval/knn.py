@@ -16,9 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eval import cli, metrics, source_classes, sources
+from eval import cli, metrics
 from eval.features import Extractor
 from eval.metrics_scores import check_finite
+from eval.sources import common_classes
+from eval.sources.registry import REGISTRY, EvalDataset
 from loaders.errors import DataError, run_cli
 
 NEIGHBOURS = 20
@@ -50,13 +52,13 @@ def vote_ranks(ballot: np.ndarray, true: np.ndarray) -> np.ndarray:
     return np.where(own[:, 0] > 0, ranks, ballot.shape[1])
 
 
-def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
+def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """Top-1, top-5 and mean per-class recall of the vote, on the embeddings that the loss compares.
 
     Classes of the two splits are those of `source_classes.meet`; a test image whose class has no
     training image counts as an error.
     """
-    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     if classes.multilabel:
         raise DataError(f"{row.name}: one label per image is needed")
     train, test = splits["train"], splits["test"]
@@ -79,7 +81,7 @@ def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | No
     )
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
     cli.run("knn", "k-nearest neighbours on frozen features.", evaluate, argv, registry)
 

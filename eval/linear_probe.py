@@ -30,18 +30,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval import (
-    cli,
-    elevater_probe,
-    few_shot,
-    metrics,
-    metrics_scores,
-    rows,
-    source_classes,
-    sources,
-    variants,
-)
+from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, protocols, rows
 from eval.features import Extractor, Features
+from eval.sources import common_classes
+from eval.sources.registry import REGISTRY, EvalDataset
+from eval.sources.splits import EvalSplit
 from loaders.errors import CommandParser, ConfigError, DataError, run_cli
 
 # Inverse regularisation strengths: 97 points, 8 per decade, as wide as the CLIP paper's search.
@@ -112,7 +105,7 @@ def search_c(
     return float(C_GRID[best])
 
 
-def read(extractor: Extractor, splits: dict[str, sources.EvalSplit]) -> dict[str, Features] | None:
+def read(extractor: Extractor, splits: dict[str, EvalSplit]) -> dict[str, Features] | None:
     """Finite image features of every split; None off the main process."""
     features = {name: extractor.images(split) for name, split in splits.items()}
     if features["test"] is None:
@@ -149,17 +142,17 @@ def regress(
 
 
 def open_labelled(
-    row: sources.EvalDataset, fitted: Sequence[str], crop: int
-) -> tuple[dict[str, sources.EvalSplit], source_classes.CommonClasses]:
+    row: EvalDataset, fitted: Sequence[str], crop: int
+) -> tuple[dict[str, EvalSplit], common_classes.CommonClasses]:
     """`source_classes.open_splits`; DataError for several labels per image, which a regression
     cannot take."""
-    splits, classes = source_classes.open_splits(row, fitted, crop)
+    splits, classes = common_classes.open_splits(row, fitted, crop)
     if classes.multilabel:
         raise DataError(f"{row.name}: several labels per image; use --protocol elevater")
     return splits, classes
 
 
-def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
+def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """Top-1 and mean per-class recall of a logistic regression on standardised `pooled` image
     features, among the classes of `source_classes.meet`."""
     splits, classes = open_labelled(row, ("train",), extractor.size)
@@ -207,7 +200,7 @@ def label(
 
 
 def evaluate_regression(
-    extractor: Extractor, row: sources.EvalDataset, options: argparse.Namespace
+    extractor: Extractor, row: EvalDataset, options: argparse.Namespace
 ) -> Iterator[tuple[str, cli.Outcome]]:
     """CLIP's protocol, or the standardised one with few shots."""
     has_validation = "val" in row.splits and options.protocol == "clip" and not options.shots
@@ -239,7 +232,7 @@ def evaluate_regression(
 
 
 def initial_head(
-    extractor: Extractor, test: sources.EvalSplit, names: list[str], start: str
+    extractor: Extractor, test: EvalSplit, names: list[str], start: str
 ) -> tuple[torch.Tensor | None, str | None]:
     """Weights (K, D) to start from for the K classes `names`, `text` (with the templates of `test`)
     or `random`, and the digest of the prompts.
@@ -256,13 +249,13 @@ def initial_head(
 
 
 def evaluate_elevater(
-    extractor: Extractor, row: sources.EvalDataset, options: argparse.Namespace
+    extractor: Extractor, row: EvalDataset, options: argparse.Namespace
 ) -> Iterator[tuple[str, cli.Outcome]]:
     """ELEVATER's protocol; the first metric of the registry's row guides the search.
 
     The head has one output for each class of `source_classes.meet`: all that were trained.
     """
-    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     names, y, truth = classes.names, classes.targets["train"], classes.targets["test"]
     head, digest = initial_head(extractor, splits["test"], names, options.head_init)
     features = read(extractor, splits)
@@ -317,9 +310,9 @@ def options_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
-    options, rest, about = variants.parse(
+    options, rest, about = protocols.parse(
         "linear_probe", "Linear probe on frozen features.", options_parser(), argv
     )
     if options.seeds and not options.shots:
@@ -332,7 +325,7 @@ def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
         return
     task = evaluate_elevater if options.protocol == "elevater" else evaluate_regression
     evaluate_options = partial(task, options=options)
-    variants.run("linear_probe", "linear_probe", about, evaluate_options, rest, registry)
+    protocols.run("linear_probe", "linear_probe", about, evaluate_options, rest, registry)
 
 
 if __name__ == "__main__":

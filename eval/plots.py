@@ -12,9 +12,12 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 
 import numpy as np
 
-from eval import figures, render, rows, sources, tables, zero_shot
+from eval import rows, tables, zero_shot
 from eval.cli import make_accelerator
 from eval.features import Extractor
+from eval.report import figures, render
+from eval.sources.registry import REGISTRY, EvalDataset, Registry
+from eval.sources.splits import EvalSplit
 from loaders.errors import DataError, run_cli
 from loaders.specs import as_path
 from models import weights
@@ -70,11 +73,11 @@ def draw_bars(table: tables.Table, found: list[dict], path: Path) -> None:
     )
 
 
-def draw_confusion(extractor: Extractor, datasets: list[sources.EvalDataset], path: Path) -> None:
+def draw_confusion(extractor: Extractor, datasets: list[EvalDataset], path: Path) -> None:
     """Zero-shot confusion of one run on every given data set."""
     panels = []
     for row in datasets:
-        split = sources.EvalSplit(row, "test", extractor.size)
+        split = EvalSplit(row, "test", extractor.size)
         _, true, names, predicted = zero_shot.class_ranks(extractor, split)
         counts = np.zeros((len(names), len(names)), dtype=np.int64)
         np.add.at(counts, (true, predicted), 1)
@@ -82,9 +85,9 @@ def draw_confusion(extractor: Extractor, datasets: list[sources.EvalDataset], pa
     figures.confusion(panels, path)
 
 
-def draw_grid(extractor: Extractor, row: sources.EvalDataset, path: Path) -> None:
+def draw_grid(extractor: Extractor, row: EvalDataset, path: Path) -> None:
     """Best matches of a few seeded captions and images of the test split."""
-    split = sources.EvalSplit(row, "test", extractor.size)
+    split = EvalSplit(row, "test", extractor.size)
     captions, owner = split.distinct_texts()
     texts = extractor.texts(captions, f"{row.name} captions")["feature"].double()
     images = extractor.images(split)["feature"].double()
@@ -124,14 +127,14 @@ def read_log(folder: Path) -> list[dict]:
     return rows.read_rows(path)
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
     parser = argparse.ArgumentParser(prog="python -m eval.plots", description="Pictures and page.")
     parser.add_argument("--runs", nargs="+", required=True, metavar="RUN", type=as_path)
     parser.add_argument("--results", required=True, metavar="DIR", type=as_path)
     parser.add_argument("--output", required=True, metavar="DIR", type=as_path)
     args = parser.parse_args(argv)
-    known = sources.Registry(registry)
+    known = Registry(registry)
     # The first run is the one that is shown in the grid and the confusion matrix.
     loaded = [weights.load_run(folder) for folder in args.runs]
     order = {(rows.run_name(run), run.checkpoint_hash): i for i, run in enumerate(loaded)}

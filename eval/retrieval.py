@@ -10,19 +10,21 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 
 import numpy as np
 
-from eval import cli, metrics, sources
+from eval import cli, metrics
 from eval.features import Extractor
+from eval.sources.registry import REGISTRY, EvalDataset
+from eval.sources.splits import EvalSplit
 from loaders.errors import run_cli
 
 
-def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
+def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """R@1, R@5, R@10 in both directions over all images and captions of the split.
 
     With `captions_per_image` every caption is a text of its own, as the COCO and Flickr30k tables
     count: an image is found by any of its captions. Without, equal captions are one text, and a
     caption of several images is found when any of them is.
     """
-    split = sources.EvalSplit(row, "test", extractor.size)
+    split = EvalSplit(row, "test", extractor.size)
     if row.captions_per_image is None:
         captions, text_of_image = split.distinct_texts()
         pair_image, pair_text = np.arange(len(split)), text_of_image
@@ -51,7 +53,7 @@ def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | No
     )
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
     cli.run("retrieval", "Image-text retrieval.", evaluate, argv, registry)
 

@@ -8,7 +8,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-from eval.sources import REPOSITORY, EvalDataset
+from eval.sources.registry import REPOSITORY, EvalDataset
 from loaders.errors import DataError
 from models.provenance import training_git
 from models.weights import LoadedRun

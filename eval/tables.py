@@ -6,59 +6,21 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 if __package__ in (None, ""):  # run as a file: Python put eval/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from eval import (
-    paper_join,
-    paper_tables,
-    render,
-    render_bars,
-    render_names,
-    render_paper,
-    rows,
-    sources,
-)
+from eval import rows
+from eval.report import paper_join, paper_tables, render, render_bars, render_names, render_paper
+from eval.report.table import Column, Line, Table
+from eval.sources.registry import Registry
+from eval.sources.splits import absent_splits
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
 QUICKSTART_TITLE = "Clip-art numbers of the quickstart sets, not ImageNet"
 TITLE = "Evaluation results"
-
-
-class Column(NamedTuple):
-    """What a number is; results on another n or k, or by another protocol, never share one."""
-
-    dataset: str
-    task: str
-    metric: str
-    n: int | None
-    classes: int | None
-    protocol: str | None = None  # where the data set has several
-
-
-@dataclass
-class Line:
-    """One model: a label, the name of its configuration, and its result rows by column."""
-
-    label: str
-    config_name: str
-    cells: dict[Column, dict] = field(default_factory=dict)
-
-
-@dataclass
-class Table:
-    """Lines x columns, with the notes that belong under it."""
-
-    title: str
-    columns: list[Column]
-    lines: list[Line]
-    notes: list[str]
-    commands: list[str]
 
 
 def read_folder(folder: Path) -> list[dict]:
@@ -111,7 +73,7 @@ def column_of(row: dict) -> Column:
     return Column(*measure, *size, render_names.protocol_name(row))
 
 
-def _columns(found: list[dict], registry: sources.Registry) -> list[Column]:
+def _columns(found: list[dict], registry: Registry) -> list[Column]:
     """Columns in the registry's order: what was measured, and what a collection that was touched
     still lacks."""
     measured = {column_of(row) for row in found}
@@ -138,14 +100,14 @@ def _columns(found: list[dict], registry: sources.Registry) -> list[Column]:
     return sorted([*measured, *lacking], key=order)
 
 
-def join(found: list[dict], folder: Path, registry: sources.Registry | None = None) -> Table:
+def join(found: list[dict], folder: Path, registry: Registry | None = None) -> Table:
     """One table of result rows (dicts in the shape of `rows.make_rows`).
 
     A line is a (run, checkpoint), a column is (data set, task, metric, n, k). Cells without a row
     stay empty, and `commands` names the commands that fill them into `folder`. Results that differ
     in their prompts, and two results for one cell, raise DataError.
     """
-    registry = registry or sources.Registry()
+    registry = registry or Registry()
     refuse_mixed_prompts(found)
     labels = _labels(found)
     lines: dict[tuple, Line] = {}
@@ -175,7 +137,7 @@ def join(found: list[dict], folder: Path, registry: sources.Registry | None = No
         row.obtain
         for row in registry.datasets.values()
         if any(column.dataset == row.name and column.n is None for column in columns)
-        and sources.absent_splits(row)
+        and absent_splits(row)
     ]
     commands = [*dict.fromkeys(commands), *_commands(lines, columns, folder, registry)]
     clip_art = {row["dataset"] for row in found} <= set(registry.collections.get("quickstart", []))
@@ -204,7 +166,7 @@ def _short(commits: str) -> str:
 
 
 def _commands(
-    lines: dict[tuple, Line], columns: list[Column], folder: Path, registry: sources.Registry
+    lines: dict[tuple, Line], columns: list[Column], folder: Path, registry: Registry
 ) -> list[str]:
     """The commands that fill the empty cells, one per run and task."""
     lacking: dict[tuple[str, str], list[str]] = defaultdict(list)

@@ -17,13 +17,15 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 import numpy as np
 import torch
 
-from eval import cli, metrics, metrics_scores, rows, sources
+from eval import cli, metrics, metrics_scores, rows
 from eval.features import Extractor
+from eval.sources.registry import REGISTRY, EvalDataset
+from eval.sources.splits import EvalSplit
 from loaders.errors import DataError, run_cli
 
 
 def _features(
-    extractor: Extractor, split: sources.EvalSplit
+    extractor: Extractor, split: EvalSplit
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, list[str]] | None:
     """Image features (n, D), classifier (K, D), class ids (K,) and class texts (K)."""
     ids, names = split.class_names()
@@ -34,7 +36,7 @@ def _features(
 
 
 def _ranks(
-    split: sources.EvalSplit, images: torch.Tensor, classifier: torch.Tensor, ids: np.ndarray
+    split: EvalSplit, images: torch.Tensor, classifier: torch.Tensor, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank of the true class, and its index, of every image."""
     name = split.row.name
@@ -46,7 +48,7 @@ def _ranks(
 
 
 def class_ranks(
-    extractor: Extractor, split: sources.EvalSplit
+    extractor: Extractor, split: EvalSplit
 ) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray] | None:
     """Rank of the true class, index of the true class, class names, and index of the predicted
     class of every image of `split`; (n,), (n,), K strings, (n,). None off the main process.
@@ -62,13 +64,13 @@ def class_ranks(
     return ranks, true, names, predicted
 
 
-def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | None:
+def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """The row's metrics by cosine to the averaged class prompts.
 
     Candidate classes are those of the prompt file, or those that occur in the test split where the
     row has none. ROC AUC takes the probability of the second class.
     """
-    split = sources.EvalSplit(row, "test", extractor.size)
+    split = EvalSplit(row, "test", extractor.size)
     found = _features(extractor, split)
     if found is None:
         return None
@@ -96,7 +98,7 @@ def evaluate(extractor: Extractor, row: sources.EvalDataset) -> cli.Outcome | No
     )
 
 
-def _describe(split: sources.EvalSplit, classes: int, templates: int) -> str:
+def _describe(split: EvalSplit, classes: int, templates: int) -> str:
     """The protocol in words; equal words are equal protocols."""
     row = split.row
     of = f"classes of prompts/{row.prompts}" if row.prompts else "classes of the split"
@@ -114,7 +116,7 @@ def _describe(split: sources.EvalSplit, classes: int, templates: int) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None, registry=sources.REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
     cli.run("zero_shot", "Zero-shot classification.", evaluate, argv, registry)
 

@@ -1,6 +1,7 @@
 """Who may import whom: the direction of dependencies, walked over the syntax tree."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -30,6 +31,18 @@ MAY_USE = {
         "loaders.specs",
         "loaders.tarreader",
     },
+}
+# A room is a folder in a package; its parts are for the commands and shared files above it, and for
+# the rooms that are listed here. The order of rooms has no way back.
+ROOMS = {
+    "data_prep.sets": set(),
+    "data_prep.download": {"data_prep.sets"},
+    "data_prep.archives": {"data_prep.sets", "data_prep.download"},
+    "data_prep.checks": {"data_prep.sets", "data_prep.download"},
+    "data_prep.clipart": set(),
+    "eval.sources": set(),
+    "eval.report": {"eval.sources"},
+    "eval.detector": set(),
 }
 FOREIGN = {  # beyond the standard library
     "losses": {"torch"},
@@ -98,6 +111,68 @@ def test_foreign_packages_stay_where_they_belong():
                     wrong += [] if torchvision else [where]
                 if package in FOREIGN and top not in FOREIGN[package]:
                     wrong.append(where)
+    assert not wrong, "\n".join(wrong)
+
+
+@functools.cache
+def graph():
+    """Module -> modules of ours that it imports, with late imports and those for types alone."""
+    modules = {}
+    for package in MAY_USE:
+        for path in files(package):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules[".".join(parts).removesuffix(".__init__")] = path
+    edges = {}
+    for module, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):  # of a module, or from one
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {name if name in modules else node.module for name in names}
+        edges[module] = (found & modules.keys()) - {module}
+    return edges
+
+
+def test_nothing_imports_in_a_circle():
+    edges, state = graph(), {}
+
+    def visit(module, way):
+        state[module] = "open"
+        for other in sorted(edges[module]):
+            assert state.get(other) != "open", " -> ".join([*way, module, other])
+            if other not in state:
+                visit(other, [*way, module])
+        state[module] = "done"
+
+    for module in sorted(edges):
+        if module not in state:
+            visit(module, [])
+
+
+def room_of(module):
+    """The room that a part is in; None for what lies above all rooms."""
+    return next((room for room in ROOMS if module.startswith(room + ".")), None)
+
+
+def test_parts_are_imported_by_their_commands_and_the_rooms_that_may():
+    folders = {
+        f"{package}.{path.parent.name}"
+        for package in ("data_prep", "eval")
+        for path in files(package)
+        if path.parent.parent == ROOT / package
+    }
+    assert folders == ROOMS.keys()
+    wrong = []
+    for module, others in graph().items():
+        for other in others:
+            own, room = room_of(module), room_of(other)
+            if room is None:  # what lies above rooms may serve them, say `eval.metrics`
+                continue
+            inside = module.split(".")[0] == other.split(".")[0]
+            if not inside or (own not in (None, room) and room not in ROOMS[own]):
+                wrong.append(f"{module} imports {other}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import url_list
-from data_prep.list_rows import Row
+from data_prep.download import url_list
+from data_prep.download.list_rows import Row
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data_prep import coco, folder
-from data_prep.karpathy import one_line
+from data_prep import coco
+from data_prep.archives.karpathy import one_line
+from data_prep.sets import set_folder
 from data_prep.verify import verify
 from loaders.errors import ConfigError, DataError
 from loaders.manifest import open_shards
@@ -171,7 +172,7 @@ def test_line_breaks_become_spaces_and_empty_captions_go(made, captions):
     assert shards.read_text(found) == "two lines\na  b c\nd\ne\nf"
     assert shards.read_json(found)["sentids"] == [0, 2, 3, 4, 5]
     stated = {"captions": 30, "captions_without_text": 1, "caption_lines": True}
-    assert folder.load(out).extra == stated
+    assert set_folder.load(out).extra == stated
 
 
 def test_one_line():
@@ -199,7 +200,7 @@ def test_the_official_counts_of_the_test_split(tmp_path, monkeypatch):
     def prepare(name):
         arguments = ["--task", "captions", "--karpathy", karpathy, "--images", images]
         run(monkeypatch, *arguments, "--split", "test", "--out", tmp_path / name)
-        return folder.load(tmp_path / name)
+        return set_folder.load(tmp_path / name)
 
     karpathy_file(karpathy, entries)
     assert (prepare("good").attempted, prepare("good").extra["captions"]) == (5000, 25_000)

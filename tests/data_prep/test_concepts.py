@@ -10,7 +10,7 @@ from spacy.lookups import Lookups
 from spacy.tokens import Doc
 from spacy.training import Example
 
-from data_prep import concepts
+from data_prep.checks import concepts
 from data_prep.report import report
 from data_prep.verify import verify
 from loaders.errors import DataError

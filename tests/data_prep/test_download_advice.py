@@ -4,9 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.download_advice import Hosts, resolver_advice
+from data_prep.checks.report_collect import collect, open_source
+from data_prep.download.advice import Hosts, resolver_advice
 from data_prep.report import markdown
-from data_prep.report_collect import collect, open_source
 from tests.data_prep.test_report import DNS, GONE, SLOW, begin, download
 
 

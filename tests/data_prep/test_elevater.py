@@ -9,7 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_prep import elevater, elevater_targets, folder
+from data_prep import elevater
+from data_prep.archives import elevater_targets
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError
 from loaders.manifest import open_shards, write_manifest
 from tests.data_prep.elevater_layouts import (
@@ -64,7 +66,7 @@ def test_the_set_opens_with_the_class_texts(textures, tmp_path, monkeypatch):
     as_class_folders(tmp_path / "in", textures)
     options = {"set": "dtd", "split": "test", "from": "folder", "root": tmp_path / "in"}
     run(monkeypatch, tmp_path / "out", **options, expected_images=94)
-    preparation = folder.load(tmp_path / "out")
+    preparation = set_folder.load(tmp_path / "out")
     assert preparation.kind == "image_label"
     assert preparation.attempted == 94
     assert preparation.extra["metric"] == "accuracy"
@@ -73,7 +75,7 @@ def test_the_set_opens_with_the_class_texts(textures, tmp_path, monkeypatch):
     fields = ("name", "kind", "source", "license", "date", "attempted", "extra")
     write_manifest(
         tmp_path / "out",
-        classes=folder.load_classes(tmp_path / "out"),
+        classes=set_folder.load_classes(tmp_path / "out"),
         **{field: getattr(preparation, field) for field in fields},
     )
     shards = open_shards(tmp_path / "out")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from data_prep import elevater_targets, folder
+from data_prep.archives import elevater_targets
+from data_prep.sets import set_folder
 from loaders.errors import DataError
 from loaders.manifest import open_shards
 from tests.data_prep.elevater_layouts import RNG, SETS, labelled, picture, pixels, put, run, texts
@@ -218,10 +219,10 @@ def test_voc_is_multi_label_from_every_source(tmp_path, monkeypatch):
         found = run(monkeypatch, out, **options, **{"from": kind, "root": tmp_path / kind})
         assert {s["jpg"]: json.loads(s["json"])["labels"] for s in found} == expected
         assert all(set(sample) == {"jpg", "json"} for sample in found)
-        assert folder.load(out).kind == "image_text"
-        assert folder.load(out).extra["multilabel"] is True
+        assert set_folder.load(out).kind == "image_text"
+        assert set_folder.load(out).extra["multilabel"] is True
         assert (open_shards(out / "shards").labels == -1).all()
-        assert [entry["names"][0] for entry in folder.load_classes(out)] == names
+        assert [entry["names"][0] for entry in set_folder.load_classes(out)] == names
 
 
 # KITTI.

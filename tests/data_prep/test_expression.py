@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.expression import CannotEvaluate, Expression
+from data_prep.sets.expression import CannotEvaluate, Expression
 from loaders.errors import ConfigError
 
 

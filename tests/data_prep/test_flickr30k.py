@@ -6,7 +6,8 @@ import zipfile
 
 import pytest
 
-from data_prep import flickr30k, folder
+from data_prep import flickr30k
+from data_prep.sets import set_folder
 from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
@@ -82,7 +83,7 @@ def test_the_official_test_split_from_folder_zip_and_tar(prepare, tmp_path):
         assert shards.read_image(i) == files[e["filename"]]
         seen.add(about["imgid"])
     assert seen == {e["imgid"] for e in entries if e["split"] == "test"}
-    assert folder.load(out).extra["captions"] == 5000
+    assert set_folder.load(out).extra["captions"] == 5000
 
 
 @pytest.mark.parametrize(

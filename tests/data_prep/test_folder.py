@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import folder
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from loaders.errors import ConfigError, DataError
 
 SIZE, SAMPLES = 4, 10
 CLASSES = [{"id": i, "synset": None, "names": [name]} for i, name in enumerate(("cat", "dög"))]
-SET = folder.Preparation(
+SET = set_folder.Preparation(
     tool="test",
     name="toy",
     kind="image_label",
@@ -40,7 +40,7 @@ def read(i):
 
 
 def prepare(out, part=0, parts=1):
-    folder.begin(out, SET, CLASSES)
+    set_folder.begin(out, SET, CLASSES)
     write_shards(out, permutation(SAMPLES, 1), read, part, parts)
 
 
@@ -67,15 +67,15 @@ def wait(child):
 
 def test_a_set_is_what_its_run_yaml_says(tmp_path):
     out = tmp_path / "new" / "set"
-    assert folder.begin(out, SET, CLASSES) == SET
-    assert folder.load(out) == SET
-    assert folder.load_classes(out) == CLASSES
+    assert set_folder.begin(out, SET, CLASSES) == SET
+    assert set_folder.load(out) == SET
+    assert set_folder.load_classes(out) == CLASSES
     later = replace(SET, date="2023-01-01", source="there")  # no part of what it is
-    assert folder.begin(out, later, CLASSES) == SET
-    assert folder.update(out, shards=5).shards == 5
-    assert folder.load(out) == replace(SET, shards=5)
-    assert folder.missing(out) == [0, 1, 2, 3, 4]
-    assert folder.missing(out, 1, 2) == [1, 3]
+    assert set_folder.begin(out, later, CLASSES) == SET
+    assert set_folder.update(out, shards=5).shards == 5
+    assert set_folder.load(out) == replace(SET, shards=5)
+    assert set_folder.missing(out) == [0, 1, 2, 3, 4]
+    assert set_folder.missing(out, 1, 2) == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -94,20 +94,20 @@ def test_another_set_is_refused(tmp_path, change, words):
     prepare(tmp_path)
     before = tars(tmp_path)
     with pytest.raises(DataError, match="holds another set") as error:
-        folder.begin(tmp_path, replace(SET, **change), CLASSES)
+        set_folder.begin(tmp_path, replace(SET, **change), CLASSES)
     assert words in str(error.value)
     assert "identity" not in str(error.value)
     assert tars(tmp_path) == before
-    assert folder.load(tmp_path) == SET
+    assert set_folder.load(tmp_path) == SET
 
 
 def test_other_classes_are_refused(tmp_path):
-    folder.begin(tmp_path, SET, CLASSES)
+    set_folder.begin(tmp_path, SET, CLASSES)
     with pytest.raises(DataError, match="not the class table of this set"):
-        folder.begin(tmp_path, SET, CLASSES[::-1])
+        set_folder.begin(tmp_path, SET, CLASSES[::-1])
     (tmp_path / "classes.json").write_text("[{")
     with pytest.raises(DataError, match=r"classes.json: damaged"):
-        folder.begin(tmp_path, SET, CLASSES)
+        set_folder.begin(tmp_path, SET, CLASSES)
 
 
 @pytest.mark.parametrize("name", ["cat.jpg", "manifest.json", "shards/00000.tar"])
@@ -115,26 +115,26 @@ def test_a_folder_of_someone_else_is_refused(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
     with pytest.raises(DataError, match=f"not empty .{name}. and no run.yaml"):
-        folder.begin(tmp_path, SET, CLASSES)
+        set_folder.begin(tmp_path, SET, CLASSES)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / name]
 
 
 def test_a_file_is_refused(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(DataError, match="is a file"):
-        folder.begin(tmp_path / "out", SET)
+        set_folder.begin(tmp_path / "out", SET)
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "[1, 2]", "name: x", "tool: 1\nunknown: 2"])
 def test_a_damaged_run_yaml_is_refused(tmp_path, text):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(DataError, match=r"run\.yaml: not what data_prep wrote"):
-        folder.load(tmp_path)
+        set_folder.load(tmp_path)
 
 
 def test_no_set_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"import_shards\.py"):
-        folder.load(tmp_path)
+        set_folder.load(tmp_path)
 
 
 def test_a_kill_at_any_step_loses_and_repeats_nothing(tmp_path):
@@ -158,7 +158,7 @@ def test_a_kill_at_any_step_loses_and_repeats_nothing(tmp_path):
             prepare(out)
 
         code = wait(forked(killed))
-        done = {s: (out / "shards" / f"{s:05d}.tar").stat() for s in folder.finished(out)}
+        done = {s: (out / "shards" / f"{s:05d}.tar").stat() for s in set_folder.finished(out)}
         prepare(out)
         assert tars(out) == expected, f"killed at step {steps}"
         for shard, stat in done.items():
@@ -175,7 +175,7 @@ def test_a_kill_at_any_step_loses_and_repeats_nothing(tmp_path):
 
 def test_a_shard_gets_its_statistics_last(tmp_path):
     """Who sees the statistics sees the flushed tar: the order of renames and flushes."""
-    folder.begin(tmp_path, SET, CLASSES)
+    set_folder.begin(tmp_path, SET, CLASSES)
     log = tmp_path / "log"
     stage = tmp_path / "work" / "stage"
     stage.mkdir(parents=True)
@@ -185,12 +185,12 @@ def test_a_shard_gets_its_statistics_last(tmp_path):
 
     def watched():
         sys.addaudithook(lambda event, args: event == "os.rename" and renamed.append(args[1]))
-        folder.publish(tmp_path, 1, stage)
+        set_folder.publish(tmp_path, 1, stage)
         log.write_text("\n".join(Path(path).name for path in renamed))
 
     assert wait(forked(watched)) == 0
     assert log.read_text().split() == ["00001.parquet", "00001.tar", "00001_stats.json"]
-    assert folder.finished(tmp_path) == {1: {"successes": 1}}
+    assert set_folder.finished(tmp_path) == {1: {"successes": 1}}
 
 
 def test_a_finished_shard_is_kept(tmp_path):
@@ -200,10 +200,10 @@ def test_a_finished_shard_is_kept(tmp_path):
     stage.mkdir()
     for name in ("00001.tar", "00001_stats.json"):
         (stage / name).write_text('{"successes": 7}')
-    folder.publish(tmp_path, 1, stage)
+    set_folder.publish(tmp_path, 1, stage)
     assert list(stage.iterdir()) == []
     assert tars(tmp_path) == before
-    assert folder.finished(tmp_path)[1]["successes"] == SIZE
+    assert set_folder.finished(tmp_path)[1]["successes"] == SIZE
 
 
 @pytest.mark.parametrize("content", [b"", b'{"succ', b"[]", b"{}", b"\xff"])
@@ -211,17 +211,17 @@ def test_a_shard_with_damaged_statistics_is_made_again(tmp_path, content):
     prepare(tmp_path)
     before = tars(tmp_path)
     (tmp_path / "shards" / "00001_stats.json").write_bytes(content)
-    assert folder.missing(tmp_path) == [1]
+    assert set_folder.missing(tmp_path) == [1]
     prepare(tmp_path)
     assert tars(tmp_path) == before
-    assert folder.missing(tmp_path) == []
+    assert set_folder.missing(tmp_path) == []
 
 
 def test_statistics_without_a_tar_do_not_count(tmp_path):
     prepare(tmp_path)
     (tmp_path / "shards" / "00002.tar").unlink()
     (tmp_path / "shards" / "sizes.json").write_text("{}")
-    assert list(folder.finished(tmp_path)) == [0, 1]
+    assert list(set_folder.finished(tmp_path)) == [0, 1]
 
 
 def test_many_processes_may_start_at_once(tmp_path):
@@ -256,11 +256,11 @@ def test_a_start_while_another_process_starts(tmp_path):
 
 
 def test_one_process_a_part(tmp_path):
-    folder.begin(tmp_path, SET, CLASSES)
+    set_folder.begin(tmp_path, SET, CLASSES)
     ready, go = os.pipe(), os.pipe()
 
     def holder():
-        with folder.working_folder(tmp_path, 1, 2) as stage:
+        with set_folder.working_folder(tmp_path, 1, 2) as stage:
             (stage / "00001.tar").write_text("unfinished")
             os.write(ready[1], b"x")
             os.read(go[0], 1)
@@ -278,13 +278,13 @@ def test_one_process_a_part(tmp_path):
     assert left.exists()
     write_shards(tmp_path, np.arange(SAMPLES), read, 1, 2)
     assert not left.exists()
-    assert list(folder.finished(tmp_path)) == [0, 1, 2]
+    assert list(set_folder.finished(tmp_path)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("part", "parts"), [(2, 2), (-1, 3), (0, 0)])
 def test_parts_are_numbered_from_0(part, parts):
     with pytest.raises(ConfigError, match=f"--part {part} --parts {parts}"):
-        folder.check_part(part, parts)
+        set_folder.check_part(part, parts)
 
 
 def test_a_writer_is_killed_and_started_again(tmp_path):
@@ -293,7 +293,7 @@ def test_a_writer_is_killed_and_started_again(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "import numpy as np; from dataclasses import replace\n"
         "from tests.data_prep.test_folder import SET, CLASSES, read\n"
-        "from data_prep import folder; from data_prep.shard_writer import *\n"
+        "from data_prep import folder; from data_prep.sets.shard_writer import *\n"
         "out = Path(sys.argv[1])\n"
         "folder.begin(out, replace(SET, shards=60), CLASSES)\n"
         "write_shards(out, permutation(240, 0), read)\n"
@@ -308,7 +308,7 @@ def test_a_writer_is_killed_and_started_again(tmp_path):
             time.sleep(0.001)
         child.kill()
         assert child.wait() == -signal.SIGKILL
-        done = set(folder.finished(killed))
+        done = set(set_folder.finished(killed))
         assert shards <= len(done) < 60
         assert {k: v for k, v in tars(killed / "shards").items() if int(k[:5]) in done} == {
             f"{s:05d}.tar": tars(whole)[f"{s:05d}.tar"] for s in done
@@ -321,7 +321,7 @@ def test_a_writer_is_killed_and_started_again(tmp_path):
 def test_finished_reads_each_statistics_file_once(tmp_path):
     """Publishing looks at one shard, so a set of thousands is not read again for each."""
     out, opened = tmp_path, []
-    folder.begin(out, SET, CLASSES)
+    set_folder.begin(out, SET, CLASSES)
 
     def counted():
         sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))

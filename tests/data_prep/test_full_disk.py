@@ -7,12 +7,12 @@ import subprocess
 import numpy as np
 import pytest
 
-from data_prep import folder
-from data_prep.shard_writer import write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import write_shards
 from loaders.errors import DataError
 
 SIZE, SHARDS = 4, 10
-SET = folder.Preparation(
+SET = set_folder.Preparation(
     "test", "toy", "image_text", "here", "none", "2022-04-07", SHARDS, SIZE, SIZE * SHARDS
 )
 
@@ -46,7 +46,7 @@ def test_a_full_disk_keeps_finished_shards(small_disk):
         return {"jpg": bytes([i]) * 50_000, "cls": b"0"}
 
     for place in (whole, out):
-        folder.begin(place, SET)
+        set_folder.begin(place, SET)
     write_shards(whole, np.arange(40), big)
     with pytest.raises(DataError, match="the disk is full") as error:
         write_shards(out, np.arange(40), big)
@@ -66,7 +66,7 @@ def test_a_full_disk_keeps_finished_shards(small_disk):
 
 def test_a_disk_that_is_full_at_once(small_disk):
     path, _ = small_disk
-    folder.begin(path / "set", SET)
+    set_folder.begin(path / "set", SET)
 
     def big(i):
         return {"jpg": bytes(400_000)}
@@ -77,5 +77,5 @@ def test_a_disk_that_is_full_at_once(small_disk):
     assert "10 are missing and need about 0.016 GB or more" in str(error.value)
     (path / "filler").write_bytes(bytes(shutil.disk_usage(path).free))
     with pytest.raises(DataError, match=r"run\.yaml: the disk is full"):
-        folder.begin(path / "other", SET)
+        set_folder.begin(path / "other", SET)
     assert [p.name for p in (path / "other").iterdir()] == ["shards"]

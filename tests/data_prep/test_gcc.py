@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import folder, gcc, url_list
-from data_prep.list_rows import Notes, Rejected, Row
+from data_prep import gcc
+from data_prep.download import url_list
+from data_prep.download.list_rows import Notes, Rejected, Row
+from data_prep.sets import set_folder
 from loaders.errors import DataError
 from tests.data_prep.list_parts import read_rejected
 
@@ -245,7 +247,7 @@ def test_command_line_begins_the_set_and_names_the_plan(tmp_path):
     assert "dropped, same url and caption as an earlier row: 1" in result.stdout
     assert "1 shards of 7 rows; part 1 of 2 has 0 of them" in result.stdout
     assert result.stdout.endswith(f"next: python data_prep/verify.py {out}\n")
-    preparation = folder.load(out)
+    preparation = set_folder.load(out)
     assert (preparation.name, preparation.kind) == ("gcc3m", "image_text")
     assert (preparation.shards, preparation.attempted) == (1, 7)
     assert preparation.identity["list_sha256"] == url_list.digest(out)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.image_source import ImagesByName, image_extension, open_images
-from data_prep.shard_writer import Unusable
+from data_prep.archives.image_source import ImagesByName, image_extension, open_images
+from data_prep.sets.shard_writer import Unusable
 from loaders.errors import DataError
 from tests.loaders.conftest import encoded, write_tar
 

@@ -14,7 +14,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from data_prep import folder, imagenet
+from data_prep import imagenet
+from data_prep.sets import set_folder
 from loaders.errors import DataError
 from loaders.manifest import open_shards, write_manifest
 from tests.data_prep import imagenet_layout as layout
@@ -100,13 +101,13 @@ def test_training_shards_are_the_archive(source, train, tmp_path):
 
 
 def test_our_loader_reads_the_set(train):
-    preparation = folder.load(train)
+    preparation = set_folder.load(train)
     assert (preparation.name, preparation.kind, preparation.attempted) == (
         "imagenet1k_train",
         "image_label",
         1502,
     )
-    classes = folder.load_classes(train)
+    classes = set_folder.load_classes(train)
     assert classes == layout.TABLE
     facts = (preparation.source, preparation.license, preparation.date, preparation.attempted)
     write_manifest(train, preparation.name, preparation.kind, classes, *facts)
@@ -152,7 +153,7 @@ def test_parts_make_the_whole(source, train, tmp_path):
         for k in (0, 2)
     ]
     assert [child.wait() for child in children] == [0, 0]
-    assert sorted(folder.finished(tmp_path)) == [s for s in range(16) if s % 3 != 1]
+    assert sorted(set_folder.finished(tmp_path)) == [s for s in range(16) if s % 3 != 1]
     text = run(*command, "--part", 1)
     assert "of other parts" not in text
     assert shards(tmp_path) == shards(train)
@@ -180,7 +181,7 @@ def test_killed_and_started_again(source, tmp_path):
             time.sleep(0.0005)
         child.kill()
         assert child.wait() == -signal.SIGKILL, "ended before it was killed"
-        done = folder.finished(out)
+        done = set_folder.finished(out)
         whole, now = shards(tmp_path / "whole"), shards(out)
         assert all(now[f"{s:05d}.tar"] == whole[f"{s:05d}.tar"] for s in done)
         inodes = {s: (out / "shards" / f"{s:05d}.tar").stat().st_ino for s in done}

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import folder, imagenet21k, wordnet
+from data_prep import imagenet21k
+from data_prep.archives import wordnet
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError
 from tests.data_prep import imagenet_layout as layout
 
@@ -106,7 +108,7 @@ def test_shards_are_the_archive(archive, call, tmp_path, exclude):
     name = "imagenet21k" if exclude else "imagenet22k"
     assert f"{name}: {len(classes)} classes, {left} images" in text
     assert "in1k classes in archive: 30" in text
-    preparation = folder.load(tmp_path / "out")
+    preparation = set_folder.load(tmp_path / "out")
     assert preparation.name == name
     assert preparation.attempted == left == len(samples(tmp_path / "out"))
     assert preparation.extra == {
@@ -119,7 +121,7 @@ def test_shards_are_the_archive(archive, call, tmp_path, exclude):
         "in1k_classes_not_in_archive": sorted(IN1K - set(CHOSEN))[:10],
         "in1k_excluded": exclude,
     }
-    table = folder.load_classes(tmp_path / "out")
+    table = set_folder.load_classes(tmp_path / "out")
     assert [entry["synset"] for entry in table] == classes
     assert [entry["id"] for entry in table] == list(range(len(classes)))
     assert all(tuple(e["names"]) == wordnet.names(e["synset"]) for e in table)
@@ -129,7 +131,7 @@ def test_winter21_says_that_it_is_not_the_papers(archive, call, tmp_path):
     common = ("--archive", archive, "--out", tmp_path / "out", *expected(make_images()))
     text = call(*common, "--release", "winter21")
     assert "release note: not ImageNet-22K of the UniCL paper" in text
-    preparation = folder.load(tmp_path / "out")
+    preparation = set_folder.load(tmp_path / "out")
     assert preparation.name == "imagenet_winter21"
     assert preparation.extra["release_note"].startswith("not ImageNet-22K")
     assert preparation.samples_per_shard == 10_000
@@ -188,7 +190,7 @@ def test_killed_and_started_again(archive, tmp_path):
             time.sleep(0.0005)
         child.kill()
         assert child.wait() == -signal.SIGKILL, "ended before it was killed"
-    assert 20 <= len(folder.finished(out)) < len(shards(tmp_path / "whole"))
+    assert 20 <= len(set_folder.finished(out)) < len(shards(tmp_path / "whole"))
     for part in (0, 1):
         run(*base, "--out", out, "--part", part, "--parts", 2)
     assert shards(out) == shards(tmp_path / "whole")
@@ -203,7 +205,7 @@ def test_classes_without_images_are_left_out(call, tmp_path):
     # It was the first class.
     assert "note: 1 classes without images are left out: n00004475" in text
     assert "note: files without the name of an image: n00005787/readme.txt" in text
-    assert folder.load_classes(tmp_path / "out")[0]["synset"] == "n00005787"
+    assert set_folder.load_classes(tmp_path / "out")[0]["synset"] == "n00005787"
     assert {label for _, _, label, _ in samples(tmp_path / "out")} == set(range(119))
 
 
@@ -231,7 +233,7 @@ def test_what_is_no_image_is_counted_not_written(call, tmp_path):
          *expected(images))  # fmt: skip
     total = sum(map(len, images.values()))
     assert len(samples(tmp_path / "out")) == total - 2
-    stats = folder.finished(tmp_path / "out")[0]
+    stats = set_folder.finished(tmp_path / "out")[0]
     assert (stats["count"], stats["successes"], stats["failed_to_resize"]) == (total, total - 2, 2)
     assert sum(v for k, v in stats["status_dict"].items() if "not a jpeg" in k) == 2
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import imagenet, imagenet_devkit
+from data_prep import imagenet
+from data_prep.archives import imagenet_devkit
 from loaders.errors import ConfigError, DataError
 from tests.data_prep import imagenet_layout as layout
 from tests.data_prep.imagenet_layout import SYNSETS

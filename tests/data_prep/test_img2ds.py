@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import folder
-from data_prep.img2ds_launch import check_shard
-from data_prep.reasons import reason_group
+from data_prep.download.img2ds_launch import check_shard
+from data_prep.download.reasons import reason_group
+from data_prep.sets import set_folder
 from loaders.manifest import open_shards
 from tests.data_prep import downloads, http_server
 from tests.data_prep.downloads import BODIES, EXPECTED, SHARD, command, kept, rows, run, write_list
@@ -61,7 +61,7 @@ def test_kept_images_are_those_of_the_server_and_shards_hold_the_list_in_order(b
         assert row["url"] == base.server.url(path)
         assert row["caption"] == f'"caption of {path}'
         assert row["shard"] == row["row"] // SHARD
-        assert row["key"] == folder.sample_key(row["shard"], row["row"] % SHARD, SHARD)
+        assert row["key"] == set_folder.sample_key(row["shard"], row["row"] % SHARD, SHARD)
         if EXPECTED[path] == "success":
             assert row["sha256"] == hashlib.sha256(BODIES[path]).hexdigest()
 
@@ -204,7 +204,7 @@ def test_nothing_kept_is_an_error_and_private_addresses_are_not_asked(tmp_path):
     assert (
         f"not one of {len(hosts)} rows gave an image (private address {len(hosts)})" in done.stderr
     )
-    assert folder.finished(tmp_path / "D")[0]["successes"] == 0
+    assert set_folder.finished(tmp_path / "D")[0]["successes"] == 0
     assert list((tmp_path / "D" / "shards").glob("*.tar")) == []  # nothing for a range of tars
     advice = "retry_failed.py {} --reasons 'private address' --allow-private-addresses"
     assert advice.format(tmp_path / "D") in done.stderr
@@ -256,7 +256,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(tmp_path):
 
 
 def test_a_shard_that_does_not_hold_what_it_states_is_found(base, tmp_path):
-    stats = folder.finished(base.out)[0]
+    stats = set_folder.finished(base.out)[0]
     shards = tmp_path / "shards"
 
     def fresh():

@@ -10,8 +10,8 @@ import zlib
 
 import pytest
 
-from data_prep import img2ds, img2ds_body, img2ds_child
-from data_prep.reasons import FAILURES, reason_group
+from data_prep.download import img2ds, img2ds_body, img2ds_child
+from data_prep.download.reasons import FAILURES, reason_group
 from loaders.errors import ConfigError
 from tests.data_prep import http_server
 from tests.data_prep.http_server import LIMIT

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from data_prep import folder
+from data_prep.sets import set_folder
 from tests.data_prep import downloads
 from tests.data_prep.downloads import EXPECTED, SHARD, command, kept, marked, rows, run, write_list
 from tests.data_prep.http_server import serve
@@ -47,9 +47,9 @@ def test_killed_at_several_moments_the_set_is_that_of_an_uninterrupted_run(base,
                 download.wait_for(reached)
                 download.kill()
             seen.append((downloads.state(out), dict(server.requests)))
-        assert 0 < len(folder.finished(out)) < len(base.requests) // SHARD
+        assert 0 < len(set_folder.finished(out)) < len(base.requests) // SHARD
         # A kill may also come between the renames of a shard's files: its statistics are last.
-        torn = folder.missing(out)[-1]
+        torn = set_folder.missing(out)[-1]
         for end in (".tar", ".parquet"):
             (out / "shards" / f"{torn:05d}{end}").write_bytes(b"torn")
         # And a retry that is killed while it appends leaves a file that the index does not name.
@@ -98,7 +98,7 @@ def test_shards_that_cannot_be_made_are_named_with_the_last_words_of_img2dataset
     assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"shards 0, 1 could not be finished \(img2dataset ended with", done.stderr)
     assert "ArrowInvalid" in done.stderr
-    assert not folder.finished(out)
+    assert not set_folder.finished(out)
 
 
 def test_a_full_disk_is_named_and_finished_shards_are_valid(tmp_path):

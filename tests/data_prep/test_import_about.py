@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from data_prep import folder, import_shards
-from data_prep.import_about import read_classes
+from data_prep import import_shards
+from data_prep.archives.import_about import read_classes
+from data_prep.sets import set_folder
 from data_prep.verify import verify
 from loaders.errors import ConfigError, DataError
 from loaders.manifest import open_shards
@@ -43,7 +44,7 @@ def test_what_is_not_stated_is_found_and_said(tmp_path, monkeypatch, capsys):
     call(monkeypatch, place, "--out", tmp_path / "beside", *needed)  # as begun
     # A set of this repository says all of it.
     call(monkeypatch, tmp_path / "beside" / "shards", "--out", tmp_path / "again")
-    stored = folder.load(tmp_path / "again")
+    stored = set_folder.load(tmp_path / "again")
     assert (stored.kind, stored.license) == ("image_label", "CC0")
     (place / "classnames.txt").write_text("cat\n\nox\n")
     with pytest.raises(DataError, match="an empty one; write its names"):
@@ -57,7 +58,7 @@ def test_classes_without_names_and_captions_need_a_word(tmp_path, monkeypatch):
         call(monkeypatch, tmp_path / "d", "--out", tmp_path / "out", "--license", "CC0")
     call(monkeypatch, tmp_path / "d", "--out", tmp_path / "out", "--license", "CC0",
          "--kind", "image_text")  # fmt: skip
-    assert folder.load(tmp_path / "out").kind == "image_text"
+    assert set_folder.load(tmp_path / "out").kind == "image_text"
 
 
 @pytest.mark.parametrize(

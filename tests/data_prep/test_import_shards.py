@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import folder, import_shards
+from data_prep import import_shards
+from data_prep.sets import set_folder
 from data_prep.verify import verify
 from loaders.errors import ConfigError, DataError
 from loaders.manifest import open_shards
@@ -105,12 +106,12 @@ def test_statistics_beside_a_tar_are_linked_and_others_made(tmp_path, run):
         assert os.readlink(shards / f"00001{end}") == str(place / f"00001{end}")
         assert not (shards / f"00000{end}").is_symlink()
     assert not (shards / "00000.parquet").exists()
-    found = folder.finished(out)
+    found = set_folder.finished(out)
     assert [stats["successes"] for stats in found.values()] == [4, 3, 5]
     assert [stats["count"] for stats in found.values()] == [4, 5, 5]
     assert found[0].keys() == found[1].keys()
     assert found[0]["status_dict"] == {"success": 4}
-    assert folder.load(out).samples_per_shard == 5
+    assert set_folder.load(out).samples_per_shard == 5
 
 
 def test_each_tar_is_indexed_once(tmp_path, run):
@@ -255,7 +256,7 @@ def test_the_same_command_goes_on_when_they_are_mended(broken, run):
     for name, data in whole.items():
         (place / name).write_bytes(data)
     out = run(place)
-    assert folder.load(out).extra["skipped"] == []
+    assert set_folder.load(out).extra["skipped"] == []
     assert verify(out).samples == 20
 
 
@@ -266,8 +267,8 @@ def test_unreadable_tars_can_be_skipped(broken, run):
     out = run(place, "--skip-unreadable")  # in the folder of the run that refused
     links = [Path(os.readlink(path)).name for path in sorted((out / "shards").glob("*.tar"))]
     assert links == ["00000.tar", "00003.tar", "00006.tar"]
-    assert sorted(folder.finished(out)) == [0, 1, 2]
-    extra = folder.load(out).extra
+    assert sorted(set_folder.finished(out)) == [0, 1, 2]
+    extra = set_folder.load(out).extra
     assert [Path(path).name for path in extra["originals"]] == links
     assert [error.split(":")[0] for error in extra["skipped"]] == [
         str(place / f"{number:05d}.tar") for number in (1, 2, 4, 5)

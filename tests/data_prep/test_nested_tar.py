@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from data_prep import image_table
-from data_prep.nested_tar import index, open_images
+from data_prep.archives import image_table
+from data_prep.archives.nested_tar import index, open_images
 from loaders.errors import DataError
 from tests.data_prep import imagenet_layout as layout
 

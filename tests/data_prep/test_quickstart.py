@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from data_prep import quickstart_packages as packages
-from data_prep.quickstart_classes import (
+from data_prep.clipart import packages
+from data_prep.clipart.classes import (
     EMOJI_MOVED,
     EMOJI_SUBGROUPS,
     NOT_OF_ITS_FOLDER,
@@ -25,8 +25,8 @@ from data_prep.quickstart_classes import (
     openclipart_class,
     stamp_class,
 )
-from data_prep.quickstart_emoji import parse_emoji_test
-from data_prep.quickstart_openclipart import (
+from data_prep.clipart.emoji import parse_emoji_test
+from data_prep.clipart.openclipart import (
     Drawing,
     clean_keywords,
     clean_text,
@@ -37,7 +37,7 @@ from data_prep.quickstart_openclipart import (
     parse_metadata,
     title_of,
 )
-from data_prep.quickstart_write import Sample, render, write_set, write_tar
+from data_prep.clipart.write import Sample, render, write_set, write_tar
 from loaders.errors import DataError
 from loaders.manifest import open_shards
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import quickstart_classes
-from data_prep import quickstart_packages as packages
+from data_prep.clipart import classes, packages
 from tests.test_imports import OURS, imports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,7 +38,7 @@ def parts() -> list[Path]:
         files = {REPOSITORY / f"{name.replace('.', '/')}.py" for name in modules}
         assert all(file.is_file() for file in files), files
         waiting += files - program
-    names = [quickstart_classes.PROMPTS, REPOSITORY / "requirements.txt"]
+    names = [classes.PROMPTS, REPOSITORY / "requirements.txt"]
     return sorted([*program, *names, *shipped()])
 
 

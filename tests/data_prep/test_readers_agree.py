@@ -9,8 +9,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep import folder
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
@@ -34,10 +34,10 @@ CLASSES = [{"id": n, "synset": None, "names": [name]} for n, name in enumerate((
 
 
 def begin(out, kind):
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         "data_prep/toy.py", "toy", kind, "s", "l", "2026-01-31", 2, SIZE, COUNT
     )
-    folder.begin(out, preparation, CLASSES if kind == "image_label" else ())
+    set_folder.begin(out, preparation, CLASSES if kind == "image_label" else ())
 
 
 def write(out, kind, forms):

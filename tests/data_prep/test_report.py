@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import concepts, folder
-from data_prep.reasons import reason_group
+from data_prep.checks import concepts
+from data_prep.checks.report_collect import captions_of, collect, open_source
+from data_prep.checks.report_counts import Rows, Texts
+from data_prep.download.reasons import reason_group
 from data_prep.report import PUBLISHED, published, report
-from data_prep.report_collect import captions_of, collect, open_source
-from data_prep.report_counts import Rows, Texts
-from data_prep.shard_writer import Unusable, permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import Unusable, permutation, write_shards
 from data_prep.verify import verify
 from loaders.errors import DataError
 from tests.loaders.conftest import encoded, sample, write_tar
@@ -31,9 +32,9 @@ SLOW = "<urlopen error timed out>"
 
 
 def begin(out, name="toy", kind="image_text", shards=1, size=4, attempted=4, classes=()):
-    folder.begin(
+    set_folder.begin(
         out,
-        folder.Preparation(
+        set_folder.Preparation(
             "data_prep/toy.py",
             name,
             kind,
@@ -50,7 +51,7 @@ def begin(out, name="toy", kind="image_text", shards=1, size=4, attempted=4, cla
 
 def download(out, shard, rows):
     """A shard as img2dataset leaves it. `rows`: (row, caption, error or None, content)."""
-    name, table, members = folder.shard_name(shard), [], []
+    name, table, members = set_folder.shard_name(shard), [], []
     for n, (row, caption, error, content) in enumerate(rows):
         kept = error is None
         table.append(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import folder, reshard
+from data_prep import reshard
+from data_prep.sets import set_folder
 from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards, write_manifest
@@ -163,7 +164,7 @@ def test_sets_are_joined_if_their_classes_agree(made, run, tmp_path):
     other = make_set(tmp_path / "other", "other", first=50)
     out = run("joined", made, other, "--where", "key != ''")
     assert len(contents(out)) == 2 * TOTAL
-    extra = folder.load(out).extra
+    extra = set_folder.load(out).extra
     assert [about["name"] for about in extra["inputs"]] == ["toy", "other"]
     strange = make_set(
         tmp_path / "strange", "strange", classes=[CLASSES[1] | {"id": 0}, *CLASSES[1:]]
@@ -177,7 +178,7 @@ def test_foreign_tars_are_read_without_a_manifest(tmp_path, run):
         members = [m for n in range(7) for m in sample(f"x/{n}", n, txt=b"text %d" % n)]
         write_tar(tmp_path / "in" / f"{shard}.tar", members)
     out = run("foreign", f"{tmp_path}/in/*.tar", "--where", "caption >= 'text 5'")
-    assert folder.load(out).source == "not stated"
+    assert set_folder.load(out).source == "not stated"
     verify(out)
     assert (open_shards(out).kind, len(open_shards(out))) == ("image_text", 4)
     assert sorted(origins(out)) == ["0/x/5", "0/x/6", "1/x/5", "1/x/6"]
@@ -202,7 +203,7 @@ def test_a_damaged_json_costs_its_sample_only(tmp_path, run):
     with pytest.raises(DataError, match=r"00000\.tar: sample '0': --where cannot be evaluated"):
         run("where", tar, "--where", "True")
     out = run("keys", tar, "--keys", write(tmp_path / "k", "0\n3\n5\n"))
-    (stats,) = folder.finished(out).values()
+    (stats,) = set_folder.finished(out).values()
     assert stats["status_dict"] == {"success": 2, "json is not a JSON object": 1}
     assert sorted(origins(out)) == ["00000/3", "00000/5"]
 

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import folder, retry_failed, url_list
-from data_prep.reasons import TEMPORARY
+from data_prep import retry_failed
+from data_prep.download import url_list
+from data_prep.download.reasons import TEMPORARY
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError
 from tests.data_prep import downloads
 from tests.data_prep.downloads import BODIES, EXPECTED, SHARD, command, kept, rows, run
@@ -67,8 +69,8 @@ def test_temporary_failures_are_tried_again_in_new_shards(out, mended):
     row = new[PATHS.index("/mended.jpg")]
     assert row["sha256"] == hashlib.sha256(BODIES["/mended.jpg"]).hexdigest()
     assert row["caption"] == '"caption of /mended.jpg'
-    assert folder.load(out).shards == BASE_SHARDS + 1
-    assert folder.load(out).attempted == len(PATHS)
+    assert set_folder.load(out).shards == BASE_SHARDS + 1
+    assert set_folder.load(out).attempted == len(PATHS)
     assert f"kept 1 of {len(FAILED)} rows ({len(FAILED)} of them tried again)" in done.stdout
     numbers, groups = retry_failed.failed_rows(out)
     assert numbers.tolist() == [r for r, p in enumerate(PATHS)
@@ -82,9 +84,9 @@ def test_an_interrupted_retry_is_finished_before_rows_are_chosen_anew(out, base,
     chosen = np.array([PATHS.index("/mended.jpg"), PATHS.index("/missing.jpg")])
     url_list.append(out, retry_failed.select(out, index, chosen), "retry-001")
     with downloads.marked(retry(out, "--reasons", "http 403")) as first:
-        first.wait_for(lambda: folder.load(out).shards == BASE_SHARDS + 1)
+        first.wait_for(lambda: set_folder.load(out).shards == BASE_SHARDS + 1)
         first.kill()
-    assert folder.missing(out) == [BASE_SHARDS]
+    assert set_folder.missing(out) == [BASE_SHARDS]
     done = run(retry(out, "--reasons", "http 403"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finishing the retry that was begun" in done.stdout
@@ -100,7 +102,7 @@ def test_an_interrupted_retry_is_finished_before_rows_are_chosen_anew(out, base,
 
 def test_a_second_retry_follows_the_first(out):
     assert retry_failed.begin_retry(out, ["http 404", "http 403"]) == 2
-    assert folder.missing(out) == [BASE_SHARDS]
+    assert set_folder.missing(out) == [BASE_SHARDS]
     for end in (".tar", ".parquet", "_stats.json"):  # as if it had failed again
         source = "00003" if end != ".parquet" else None
         target = out / "shards" / f"{BASE_SHARDS:05d}{end}"
@@ -116,7 +118,7 @@ def test_a_second_retry_follows_the_first(out):
     last = pq.read_table(out / "list" / files[-1])
     assert last["row"].to_pylist() == [PATHS.index("/missing.jpg")]
     assert last["url"].to_pylist()[0].endswith("/missing.jpg")
-    assert folder.missing(out) == [BASE_SHARDS + 1]
+    assert set_folder.missing(out) == [BASE_SHARDS + 1]
 
 
 def test_nothing_to_try_again(out):
@@ -125,7 +127,7 @@ def test_nothing_to_try_again(out):
     assert done.returncode == 0, done.stderr
     assert "nothing to try again" in done.stdout
     assert downloads.state(out) == before
-    assert folder.missing(out) == []
+    assert set_folder.missing(out) == []
 
 
 def test_a_set_that_is_not_finished_is_refused(out):

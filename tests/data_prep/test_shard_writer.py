@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import folder
-from data_prep.shard_writer import Unusable, end_tar, permutation, write_member, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import Unusable, end_tar, permutation, write_member, write_shards
 from loaders.errors import DataError
 
 SIZE = 8
@@ -20,10 +20,10 @@ SIZE = 8
 
 def begin(out, samples, size=SIZE, **identity):
     shards = -(-samples // size)
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         "test", "toy", "image_text", "here", "none", "2022-04-07", shards, size, samples, identity
     )
-    return folder.begin(out, preparation)
+    return set_folder.begin(out, preparation)
 
 
 def read(i):
@@ -122,7 +122,7 @@ def test_two_runs_and_any_parts_give_the_same_bytes(tmp_path):
         for part in reversed(range(parts)):
             write_shards(tmp_path / name, order, read, part, parts)
             expected = {s for s in range(7) if s % parts >= part}
-            assert set(folder.finished(tmp_path / name)) == expected
+            assert set(set_folder.finished(tmp_path / name)) == expected
     assert hashes(tmp_path / "one") == hashes(tmp_path / "again") == hashes(tmp_path / "three")
     assert len(hashes(tmp_path / "one")) == 7
 
@@ -157,7 +157,7 @@ def test_a_shard_without_samples_is_refused(tmp_path):
     begin(tmp_path, 4, size=2)
     with pytest.raises(DataError, match=r"none of 2 samples is usable: {'not an image': 2}"):
         write_shards(tmp_path, np.arange(4), never)
-    assert folder.finished(tmp_path) == {}
+    assert set_folder.finished(tmp_path) == {}
 
 
 def test_number_of_samples_must_be_that_of_the_set(tmp_path):
@@ -172,7 +172,7 @@ def test_keys_are_those_of_img2dataset(size, shard, row):
     row %= size
     digits = math.ceil(math.log10(size))
     expected = "{:0{}d}".format(10**digits * shard + row, digits + 5)
-    assert folder.sample_key(shard, row, size) == expected
+    assert set_folder.sample_key(shard, row, size) == expected
 
 
 def test_nothing_is_read_for_finished_shards(tmp_path):

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import url_list
-from data_prep.list_input import identify
-from data_prep.list_rows import Rejected, Row, Seen, encode_url
+from data_prep.download import url_list
+from data_prep.download.list_input import identify
+from data_prep.download.list_rows import Rejected, Row, Seen, encode_url
 from loaders.errors import ConfigError, DataError
 from tests.data_prep.list_parts import build, make_rows, read_rejected, read_table
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import url_list
-from data_prep.list_input import read_lines
+from data_prep.download import url_list
+from data_prep.download.list_input import read_lines
 from loaders.errors import DataError
 from tests.data_prep.list_parts import REPOSITORY, build, make_rows, read_table
 
@@ -23,7 +23,7 @@ SCRIPT = """
     import os, sys, time
     from pathlib import Path
     from data_prep import url_list
-    from data_prep.list_rows import Row
+    from data_prep.download.list_rows import Row
     from loaders.errors import run_cli
 
     out, source, calls, behaviour = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import folder
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from data_prep.verify import ranges, verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
@@ -193,7 +193,7 @@ def test_unreadable_shards_go_to_quarantine_and_are_made_again(made, damage, wor
     assert not (made / "manifest.json").exists()
     assert not (made / "shards" / "sizes.json").exists()
     # The preparer makes exactly this shard again, and the set can be closed.
-    assert folder.missing(made) == [1]
+    assert set_folder.missing(made) == [1]
     write_shards(made, permutation(3 * SIZE, 0), members)
     assert verify(made).checked == 1
     assert json.loads((made / "manifest.json").read_bytes())["num_samples"] == 12
@@ -206,7 +206,7 @@ def test_unreadable_shards_go_to_quarantine_and_are_made_again(made, damage, wor
 
 
 def test_missing_shards(made):
-    folder.update(made, shards=9)
+    set_folder.update(made, shards=9)
     done = run(made)
     assert done.returncode == 3
     assert "6 of 9 shards are missing: 00003-00008." in done.stderr
@@ -243,7 +243,7 @@ def test_a_shard_of_which_every_download_failed(made):
     assert len(open_shards(made / "shards" / "*.tar", kind="image_text")) == 8
     assert verify(made).samples == 8
     assert verify(made).checked == 0
-    assert folder.missing(made) == []
+    assert set_folder.missing(made) == []
     assert verify(made).checked == 0
     for shard in (0, 2):
         (made / "shards" / f"0000{shard}.tar").write_bytes(bytes(10240))
@@ -282,7 +282,7 @@ def test_what_cannot_be_judged_is_not_moved(made, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         verify(tmp_path)
     with (
-        folder.working_folder(made, 0, 2),
+        set_folder.working_folder(made, 0, 2),
         pytest.raises(DataError, match="00000-of-00002 is being"),
     ):
         verify(made)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import verify_shard
-from data_prep.shard_writer import permutation
+from data_prep.checks import verify_shard
+from data_prep.sets.shard_writer import permutation
 from data_prep.verify import verify
 from loaders import views
 from loaders.errors import DataError

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import url_list, yfcc_metadata
-from data_prep.list_rows import Notes
-from data_prep.yfcc_metadata import clean, join_caption, photo_hash
+from data_prep.archives import yfcc_metadata
+from data_prep.archives.yfcc_metadata import clean, join_caption, photo_hash
+from data_prep.download import url_list
+from data_prep.download.list_rows import Notes
 from loaders.errors import DataError
 from tests.data_prep.yfcc_layout import (
     LICENSE,

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import folder, yfcc
-from data_prep.yfcc_metadata import photo_hash
+from data_prep import yfcc
+from data_prep.archives.yfcc_metadata import photo_hash
+from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError
 from tests.data_prep.yfcc_layout import (
     LICENSE,
@@ -217,7 +218,7 @@ def test_local_dump_to_shards(tmp_path):
     captioned = [p for p in photos if p["title"] or p["description"]]
     assert f"{len(captioned)} rows to download" in result.stdout
     assert result.stdout.endswith(f"next: python data_prep/verify.py {out}\n")
-    stats = folder.finished(out)[0]
+    stats = set_folder.finished(out)[0]
     kept = {p["photoid"] for p in captioned} & set(colours)
     assert (stats["count"], stats["successes"]) == (len(captioned), len(kept))
     assert stats["failed_to_download"] == len(captioned) - len(kept)  # not in the dump
@@ -237,7 +238,7 @@ def test_local_dump_to_shards(tmp_path):
         assert min(image.size) == 256
         difference = np.array(image)[0, 0].astype(int) - colours[facts["photoid"]]
         assert abs(difference).max() < 4
-    preparation = folder.load(out)
+    preparation = set_folder.load(out)
     assert preparation.name == "yfcc14m_openai"
     assert preparation.identity["list"] == preparation.extra["list"]["list"] == "openai"
     ordered = "".join(f"{i}\n" for i in sorted(int(p["photoid"]) for p in photos))

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_prep import folder
-from data_prep.shard_writer import permutation, write_shards
+from data_prep.sets import set_folder
+from data_prep.sets.shard_writer import permutation, write_shards
 from tests.loaders.conftest import encoded, write_tar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -15,7 +15,7 @@ SIZE = 4  # samples per shard
 
 
 def begin(out, kind="image_text", shards=3, **identity):
-    preparation = folder.Preparation(
+    preparation = set_folder.Preparation(
         tool="data_prep/toy.py",
         name="toy",
         kind=kind,
@@ -28,7 +28,7 @@ def begin(out, kind="image_text", shards=3, **identity):
         identity=identity or {"seed": 1},
         extra={"note": "ü"},
     )
-    return folder.begin(out, preparation, CLASSES if kind == "image_label" else ())
+    return set_folder.begin(out, preparation, CLASSES if kind == "image_label" else ())
 
 
 def members(i):
@@ -45,7 +45,7 @@ def make(out):
 
 def put(out, shard, parts, successes=None, **stats):
     """Replace a shard by a tar of these members, with its statistics."""
-    name = folder.shard_name(shard)
+    name = set_folder.shard_name(shard)
     write_tar(out / "shards" / f"{name}.tar", parts)
     keys = len({member.split(".")[0] for member, _ in parts})
     content = {"count": SIZE, "successes": keys if successes is None else successes, **stats}

@@ -8,9 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import url_list, yfcc
-from data_prep.list_rows import WEB
-from data_prep.yfcc_metadata import photo_hash
+from data_prep import yfcc
+from data_prep.archives.yfcc_metadata import photo_hash
+from data_prep.download import url_list
+from data_prep.download.list_rows import WEB
 
 SCRIPT = Path(yfcc.__file__)
 # fmt: off

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine import checkpoint, ds, optim
+from engine import checkpoint, deepspeed_engine, optim
 from engine.step import Stepper
 from loaders.errors import DataError
 from losses._gather import Gather
@@ -33,7 +33,7 @@ def build(stage, world_size, bf16=False):
         "steps_per_print": 10**9,
     }
     optimizer = optim.build(module.model, module.method, tiny.OPTIM)
-    engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
+    engine = deepspeed_engine.initialise(module, optimizer, config, torch.device("cpu"))
     share = tiny.cut(tiny.make_batch(0, 12), dist.get_rank(), world_size)
     share["image"] = share["image"].to(next(module.parameters()).dtype)
     Stepper(engine, Gather(), seed=3)(0, [share])  # the moments of AdamW exist from here on

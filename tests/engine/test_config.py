@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import config, ds
+from engine import config, deepspeed_engine
 from engine.schedule import learning_rate
 from loaders.errors import ConfigError
 
@@ -80,12 +80,16 @@ def test_circular_base_and_object_tags_are_refused(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_every_shipped_deepspeed_file_resolves(path):
     cfg = config.load(QUICKSTART)
-    full = ds.resolve(ds.read_json(path), cfg, world_size=2, path=str(path))
+    full = deepspeed_engine.resolve(
+        deepspeed_engine.read_json(path), cfg, world_size=2, path=str(path)
+    )
     assert full["train_batch_size"] == 256
     assert full["train_micro_batch_size_per_gpu"] == 128
     assert full["gradient_accumulation_steps"] == 1
     assert full["gradient_clipping"] == 5.0
-    assert ds.precision(full) == (torch.float32 if "fp32" in path.stem else torch.bfloat16)
+    assert deepspeed_engine.precision(full) == (
+        torch.float32 if "fp32" in path.stem else torch.bfloat16
+    )
     assert "auto" not in json.dumps(full)
 
 
@@ -103,27 +107,36 @@ def test_deepspeed_traps_are_refused(change, words):
     base = json.loads((ROOT / "ds_configs" / "zero1_fp32.json").read_text())
     merged = {k: v for k, v in {**base, **change}.items() if v is not None}
     with pytest.raises(ConfigError, match=words):
-        ds.resolve(merged, config.load(QUICKSTART), world_size=2)
+        deepspeed_engine.resolve(merged, config.load(QUICKSTART), world_size=2)
 
 
 def test_batch_that_does_not_divide_is_refused():
     cfg = config.load(QUICKSTART, ["train.accumulation=5"])
     with pytest.raises(ConfigError, match="multiple of 15"):
-        ds.resolve(ds.read_json(ROOT / "ds_configs/zero1_fp32.json"), cfg, world_size=3)
+        deepspeed_engine.resolve(
+            deepspeed_engine.read_json(ROOT / "ds_configs/zero1_fp32.json"), cfg, world_size=3
+        )
 
 
 def test_stage_3_keeps_no_more_graphs_than_one():
     cfg = config.load(QUICKSTART, ["train.accumulation=2", "train.graph_memory_gb=1"])
-    ds.resolve(ds.read_json(ROOT / "ds_configs/zero2_bf16.json"), cfg, world_size=2)
+    deepspeed_engine.resolve(
+        deepspeed_engine.read_json(ROOT / "ds_configs/zero2_bf16.json"), cfg, world_size=2
+    )
     with pytest.raises(ConfigError, match=r"zero3.*graph_memory_gb=1.*stage 0 to 2"):
-        ds.resolve(ds.read_json(ROOT / "ds_configs/zero3_bf16.json"), cfg, 2, "zero3_bf16.json")
+        deepspeed_engine.resolve(
+            deepspeed_engine.read_json(ROOT / "ds_configs/zero3_bf16.json"),
+            cfg,
+            2,
+            "zero3_bf16.json",
+        )
 
 
 def test_zero_dimensional_parameter_is_refused():
     module = torch.nn.Module()
     module.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ConfigError, match="logit_scale"):
-        ds.initialise(module, None, {}, torch.device("cpu"))
+        deepspeed_engine.initialise(module, None, {}, torch.device("cpu"))
 
 
 def test_linear_scaling_rule_of_the_release():

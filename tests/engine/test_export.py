@@ -19,7 +19,7 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 
-from engine import checkpoint, ds, optim
+from engine import checkpoint, deepspeed_engine, optim
 from engine.export import export, main
 from engine.step import Stepper
 from loaders import tokenizers, views
@@ -284,7 +284,7 @@ def train_and_save(rank, world_size, folder):
             "steps_per_print": 10**9,
         }
         optimizer = optim.build(module.model, module.method, tiny.OPTIM)
-        engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
+        engine = deepspeed_engine.initialise(module, optimizer, config, torch.device("cpu"))
         stepper = Stepper(engine, Gather(), seed=3)
         stepper(0, [tiny.cut(tiny.make_batch(0, 12), rank, world_size)])
         checkpoint.save(engine, folder / f"zero{stage}", 1, {"train.global_batch": 12}, 1)

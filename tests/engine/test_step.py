@@ -6,7 +6,7 @@ import torch
 
 import losses
 import models
-from engine import ds, optim
+from engine import deepspeed_engine, optim
 from engine.step import Stepper, saved_bytes
 from losses._gather import Gather
 from tests import multiprocess
@@ -119,7 +119,7 @@ def test_batch_norms_count_each_micro_batch_once_and_in_order(kept):
     for cached in (True, False):
         torch.manual_seed(5)
         method = losses.build("unicl", {}, tiny.DIMS)
-        module = ds.TrainModule(models.build(config), method).train()
+        module = deepspeed_engine.TrainModule(models.build(config), method).train()
         if cached:
             stepper = Stepper(Graph(module), Gather(), seed=3, graph_bytes=1)
             stepper.kept = kept

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import losses
-from engine import checkpoint, ds, optim, universal
+from engine import checkpoint, deepspeed_engine, optim, universal
 from engine.step import Stepper
 from losses._gather import Gather
 from tests import multiprocess
@@ -63,7 +63,7 @@ def life(rank, world_size, folder, stage, start, stop):
         "steps_per_print": 10**9,
     }
     optimizer = optim.build(module.model, module.method, tiny.OPTIM)
-    engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
+    engine = deepspeed_engine.initialise(module, optimizer, config, torch.device("cpu"))
     last = checkpoint.last_good(Path(folder))
     done = checkpoint.load(engine, last, IDENTITY) if last else 0
     assert done == start
@@ -75,7 +75,7 @@ def life(rank, world_size, folder, stage, start, stop):
         torch.distributed.all_reduce(mean)
         seen.append(float(mean) / world_size)
     checkpoint.save(engine, Path(folder), stop, IDENTITY, keep_last=5)
-    return seen, {name: value.numpy() for name, value in ds.full_state(engine)}
+    return seen, {name: value.numpy() for name, value in deepspeed_engine.full_state(engine)}
 
 
 def test_ranks_and_stages_change_on_the_way(tmp_path):

@@ -4,7 +4,7 @@ import torch
 
 import losses
 import models
-from engine import ds, optim
+from engine import deepspeed_engine, optim
 from engine.config import OptimConfig
 from engine.step import Stepper
 from losses._gather import Gather
@@ -25,7 +25,9 @@ def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
     settings = {**MODEL, "image": {**MODEL["image"]}}
     settings["image"]["kwargs"] = {**MODEL["image"]["kwargs"], "drop_path_rate": drop_path}
-    return ds.TrainModule(models.build(settings), losses.build(name, {}, DIMS)).train()
+    return deepspeed_engine.TrainModule(
+        models.build(settings), losses.build(name, {}, DIMS)
+    ).train()
 
 
 def make_batch(step, size):
@@ -65,7 +67,7 @@ def train(
     if offload:  # as in the shipped file
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         config["zero_force_ds_cpu_optimizer"] = False
-    engine = ds.initialise(module, optimizer, config, torch.device("cpu"))
+    engine = deepspeed_engine.initialise(module, optimizer, config, torch.device("cpu"))
     stepper = Stepper(engine, Gather(), seed=3)
     stepper.kept = kept
     losses_seen = []
@@ -73,4 +75,7 @@ def train(
         mine = cut(make_batch(step, size), rank, world_size)
         out = stepper(step, [cut(mine, piece, pieces) for piece in range(pieces)])
         losses_seen.append(float(out["loss"]))
-    return {"losses": losses_seen, "weights": {k: v.float() for k, v in ds.full_state(engine)}}
+    return {
+        "losses": losses_seen,
+        "weights": {k: v.float() for k, v in deepspeed_engine.full_state(engine)},
+    }

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-from eval import paper_join, paper_tables
+from eval.report import paper_join, paper_tables
 
 EVERY = [(p, t) for p in paper_tables.papers() for t in paper_tables.table_ids(p)]
 MEMBERS = ["first", "second", "third"]

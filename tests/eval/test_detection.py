@@ -17,15 +17,17 @@ from safetensors.torch import save_file
 
 import models
 from data_prep.verify import verify
-from eval import detection, detection_metrics, detection_model, sources
-from eval.detection_data import Instances
+from eval import detection
+from eval.detector import coco_metrics, mask_rcnn
+from eval.detector.instances import Instances
+from eval.sources.registry import REPOSITORY
 from loaders import manifest
 from loaders.errors import ConfigError, DataError
 from models import weights
 from models.config import ModelConfig
 from tests.data_prep.test_coco import run as run_coco_script
 
-EMOJI = sources.REPOSITORY / "data/quickstart/emoji_twemoji"
+EMOJI = REPOSITORY / "data/quickstart/emoji_twemoji"
 CATEGORIES = [
     {"id": number, "name": name, "supercategory": "emoji"}
     for number, name in ((3, "first"), (7, "second"))
@@ -119,7 +121,7 @@ def build(kind, seed=0):
 @pytest.mark.parametrize("kind", TRUNKS)
 def test_backbone_has_the_towers_weights_and_maps_at_strides_4_to_64(kind):
     tower = build(kind)[0].image
-    backbone = detection_model.PyramidBackbone(tower, kind).eval()
+    backbone = mask_rcnn.PyramidBackbone(tower, kind).eval()
     copied, own = backbone.trunk.state_dict(), tower.trunk.state_dict()
     assert copied.keys() == own.keys()
     assert all(torch.equal(copied[name], own[name]) for name in own)
@@ -138,7 +140,7 @@ def test_trunk_at_its_training_size_gives_the_towers_features():
     # Swin's third stage is a single window at 32 pixels: shifted in the detector, not in the tower.
     for kind, stages in (("resnet", 4), ("swin", 2)):
         tower = build(kind)[0].image
-        trunk = detection_model.detection_trunk(tower, kind)
+        trunk = mask_rcnn.detection_trunk(tower, kind)
         images = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
             expected = tower.trunk.forward_intermediates(images, intermediates_only=True)
@@ -155,11 +157,11 @@ def test_other_trunks_are_refused():
          "layers": 1, "heads": 2, "context_length": 8}, "embed_dim": 8}
     )  # fmt: skip
     with pytest.raises(ConfigError, match="needs 4, 8, 16, 32"):
-        detection_model.detection_trunk(models.build(config).image, "vit")
+        mask_rcnn.detection_trunk(models.build(config).image, "vit")
 
 
 def test_batch_norm_of_a_resnet_and_its_first_stage_stay_as_they_are():
-    backbone = detection_model.PyramidBackbone(build("resnet")[0].image, "resnet").train()
+    backbone = mask_rcnn.PyramidBackbone(build("resnet")[0].image, "resnet").train()
     before = {k: v.clone() for k, v in backbone.trunk.state_dict().items() if "running" in k}
     backbone(torch.randn(2, 3, 64, 64))["0"].sum().backward()
     after = backbone.trunk.state_dict()
@@ -222,9 +224,9 @@ def score(coco, shift, reverse=False):
             masks = [np.roll(truth.annToMask(entry), shift, axis=1) for entry in entries]
             scores = random.uniform(0.1, 1, len(entries)).tolist()
             output = as_output(moved, kinds, masks, scores)
-            found += detection_metrics.detections(record["image_id"], output, data.categories)
+            found += coco_metrics.detections(record["image_id"], output, data.categories)
     ids = [record["image_id"] for record in data.records]
-    return detection_metrics.mean_precision(truth, found, ids), found
+    return coco_metrics.mean_precision(truth, found, ids), found
 
 
 def test_perfect_detections_score_100_and_wrong_classes_nothing(coco):
@@ -284,8 +286,8 @@ def shrink(model):
 
 @pytest.mark.parametrize("kind", TRUNKS)
 def test_command_trains_continues_and_writes_both_numbers(coco, tmp_path, capfd, monkeypatch, kind):
-    whole = detection_model.build
-    monkeypatch.setattr(detection_model, "build", lambda *a: shrink(whole(*a)))
+    whole = mask_rcnn.build
+    monkeypatch.setattr(mask_rcnn, "build", lambda *a: shrink(whole(*a)))
     run = write_run(tmp_path / kind, kind)
     arguments = ["--checkpoint", str(run), "--output", str(tmp_path / "results")]
     arguments += ["--train", str(coco / "train"), "--val", str(coco / "val")]
@@ -313,8 +315,8 @@ def test_command_trains_continues_and_writes_both_numbers(coco, tmp_path, capfd,
 def test_steps_lower_the_loss(coco):
     data = Instances(coco / "train", training=False)
     tower = build("swin")[0].image
-    model = shrink(detection_model.build(tower, "swin", 2, (0.5,) * 3, (0.25,) * 3, 64)).train()
-    optimizer, _, _ = detection_model.optimizer(model)
+    model = shrink(mask_rcnn.build(tower, "swin", 2, (0.5,) * 3, (0.25,) * 3, 64)).train()
+    optimizer, _, _ = mask_rcnn.optimizer(model)
     images, targets = zip(data[0], data[2], strict=True)
     losses = []
     for _ in range(6):
@@ -360,7 +362,7 @@ def test_categories_of_two_sets_meet_by_name(coco, tmp_path):
     mask = np.ones((1, 4, 4), dtype=np.uint8)
     boxes, scores = [{"bbox": [0.0, 0, 4, 4]}] * 3, [0.9, 0.8, 0.7]
     output = as_output(boxes, [1, 2, 3], list(mask.repeat(3, axis=0)), scores)
-    found = detection_metrics.detections(10, output, data.categories)
+    found = coco_metrics.detections(10, output, data.categories)
     assert [(entry["category_id"], entry["score"] > 0.75) for entry in found] == [
         (7, True),
         (3, False),
@@ -377,7 +379,7 @@ def test_categories_of_two_sets_meet_by_name(coco, tmp_path):
 
 def test_a_detector_of_other_classes_is_not_continued(coco, tmp_path, monkeypatch):
     states, counts = [], []
-    monkeypatch.setattr(detection_model, "build", lambda *a: counts.append(a[2]))
+    monkeypatch.setattr(mask_rcnn, "build", lambda *a: counts.append(a[2]))
     monkeypatch.setattr(detection, "train", lambda *a: states.append(a[-1]))
     monkeypatch.setattr(detection, "detect", lambda *a: None)
     run = weights.load(write_run(tmp_path / "swin", "swin"))

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from eval import cli, linear_probe, retrieval, sources, zero_shot
+from eval import cli, linear_probe, retrieval, zero_shot
+from eval.sources.registry import REPOSITORY
 from loaders import manifest, tokenizers, views
 from models import weights
 from tests import multiprocess
@@ -71,7 +72,7 @@ def test_zero_shot_equals_a_dense_float64_computation(world, tmp_path):
     got = evaluate("zero_shot", world, tmp_path)
     images, labels, _ = dense(world, "drawn_test", "feature")
     images, labels = images[labels >= 0], labels[labels >= 0]
-    presets = json.loads((sources.REPOSITORY / "prompts/templates.json").read_text())
+    presets = json.loads((REPOSITORY / "prompts/templates.json").read_text())
     classifier = []
     for name in NAMES[:3]:  # no sample of "planet": no candidate
         prompts = [t.replace("{}", name) for t in presets["clipart"]["templates"]]

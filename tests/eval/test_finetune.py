@@ -7,8 +7,10 @@ import pytest
 import torch
 import yaml
 
-from eval import cli, features, finetune, linear_probe, sources, zero_shot
+from eval import cli, features, finetune, linear_probe, zero_shot
 from eval.features import Extractor
+from eval.sources.registry import Registry
+from eval.sources.splits import EvalSplit
 from loaders import views
 from models import weights
 from tests.eval.conftest import write_run
@@ -65,8 +67,8 @@ def test_text_head_starts_as_the_zero_shot_classifier(emoji):
     accelerator = cli.make_accelerator()
     run = weights.load(emoji.parent / "runs/tiny")
     extractor = Extractor(accelerator, run, emoji.parent / "cache", 64, 0)
-    row = sources.Registry(emoji).datasets["emoji"]
-    test = sources.EvalSplit(row, "test", extractor.size)
+    row = Registry(emoji).datasets["emoji"]
+    test = EvalSplit(row, "test", extractor.size)
     names = test.class_names()[1]
     head, digest = linear_probe.initial_head(extractor, test, names, "text")
     model = finetune.Classifier(run.model, head).eval()

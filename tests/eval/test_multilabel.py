@@ -8,8 +8,10 @@ import torch
 import yaml
 from sklearn.metrics import precision_recall_curve
 
-from eval import cli, finetune, linear_probe, sources, zero_shot
+from eval import cli, finetune, linear_probe, zero_shot
 from eval.features import Extractor
+from eval.sources.registry import REPOSITORY, Registry
+from eval.sources.splits import EvalSplit
 from loaders import manifest
 from models import weights
 from tests.eval.conftest import drawing
@@ -23,9 +25,7 @@ PROMPTS = "elevater/voc-2007-classification.json"
 def voc(tmp_path_factory):
     """registry.yaml and the set beside it; every class has a positive in both splits."""
     root = tmp_path_factory.mktemp("voc")
-    texts = json.loads(
-        (sources.REPOSITORY / "prompts/elevater/voc-2007-classification.json").read_text()
-    )
+    texts = json.loads((REPOSITORY / "prompts/elevater/voc-2007-classification.json").read_text())
     names = [entry["names"] for entry in texts["classes"]]
     random = np.random.default_rng(0)
     for split, n in (("train", 120), ("test", 60)):
@@ -87,9 +87,7 @@ def test_zero_shot_is_the_mean_precision_of_the_softmax(world, voc, tmp_path):
     row = command(zero_shot.main, world, voc, tmp_path)["map_11_point"]
     run = weights.load(world / "runs/tiny")
     extractor = Extractor(cli.make_accelerator(), run, tmp_path / "cache", 16, 0)
-    split = sources.EvalSplit(
-        sources.Registry(voc / "registry.yaml").datasets["voc"], "test", extractor.size
-    )
+    split = EvalSplit(Registry(voc / "registry.yaml").datasets["voc"], "test", extractor.size)
     texts = split.row.class_texts(split.class_names()[1])
     weight = extractor.class_weights(texts, split.templates()).double()
     cosine = extractor.images(split)["feature"].double() @ weight.T

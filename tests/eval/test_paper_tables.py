@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine import config
-from eval import paper_join, paper_tables, render_paper, sources
+from eval.report import paper_join, paper_tables, render_paper
+from eval.sources.registry import Registry
 from loaders.errors import ConfigError, DataError
 from tests.eval.paper_rows import EVERY, cell_of, filled, make_registry, result
 
@@ -96,7 +97,7 @@ def test_configurations_train_what_the_row_says():
 
 
 def test_columns_are_named_as_in_the_registry():
-    known = sources.Registry()
+    known = Registry()
     for paper, table in EVERY:
         for cell in (c for row in paper_tables.load(paper, table).rows for c in row.cells):
             column = cell.column

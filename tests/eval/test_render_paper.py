@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from eval import render_bars, render_paper, tables
+from eval import tables
+from eval.report import render_bars, render_paper
 from loaders.errors import ConfigError, DataError
 from tests.eval.paper_rows import EVERY, filled, make_registry, result
 

@@ -13,7 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval import finetune, in_training, knn, linear_probe, source_base, source_classes, sources
+from eval import finetune, in_training, knn, linear_probe
+from eval.sources import base, common_classes
+from eval.sources.registry import Registry
 from loaders import manifest
 from loaders.errors import DataError
 from tests.eval.conftest import write_run
@@ -110,7 +112,7 @@ def command(main, run, registry, output, *more):
 
 
 def open_splits(registry, fitted=("train",)):
-    return source_classes.open_splits(sources.Registry(registry).datasets["colours"], fitted, 8)
+    return common_classes.open_splits(Registry(registry).datasets["colours"], fitted, 8)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -265,12 +267,10 @@ def test_with_a_prompt_file_its_classes_are_the_candidates(tmp_path):
 
 
 def test_prompt_files_are_matched_by_the_same_name_first():
-    table = source_base.ClassTable(
-        "x.json", ["C", "C++", "t-shirt"], [None] * 3, None, np.arange(3)
-    )
-    source = source_base.Source()
+    table = base.ClassTable("x.json", ["C", "C++", "t-shirt"], [None] * 3, None, np.arange(3))
+    source = base.Source()
     source.what, source.names = "letters", ["T Shirt", "C++", "C"]
-    assert source_base.class_ids(source, table).tolist() == [2, 1, 0]
+    assert base.class_ids(source, table).tolist() == [2, 1, 0]
     source.names = ["t shirt", "C", "t_shirt", "C++"]
     with pytest.raises(DataError, match=r"named twice: \['t-shirt'\]"):
-        source_base.class_ids(source, table)
+        base.class_ids(source, table)

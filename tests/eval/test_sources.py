@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from eval import source_base, sources
+from eval.sources import base
+from eval.sources.registry import REPOSITORY, EvalDataset, Registry
+from eval.sources.splits import EvalSplit, absent_splits, present, subset_ids
 from loaders import texts
 from loaders.errors import ConfigError, DataError
 from tests.eval.conftest import drawing, write_set
@@ -19,20 +21,20 @@ def row(world):
 
     def make(name, **changes):
         rows = yaml.safe_load((world / "registry.yaml").read_text())["datasets"]
-        return sources.EvalDataset(name=name, **{**rows[name], **changes})
+        return EvalDataset(name=name, **{**rows[name], **changes})
 
     return make
 
 
 def test_shipped_registry_is_consistent():
-    registry = sources.Registry()
+    registry = Registry()
     for row in registry.datasets.values():
         assert ("train" in row.splits) == bool({"linear_probe", "detection"} & set(row.tasks))
         if isinstance(row.templates, str) and row.templates not in ("prompts", "source"):
             assert texts.load_templates(row.templates)
         if row.prompts:
-            subset = sources.subset_ids(row.subset) if row.subset else None
-            table = source_base.read_table(row.prompts, subset)
+            subset = subset_ids(row.subset) if row.subset else None
+            table = base.read_table(row.prompts, subset)
             assert len(table.candidates) == row.classes, row.name
             assert (row.templates == "prompts") == bool(table.templates)
         assert "{" not in row.obtain.replace("{00000", ""), row.obtain
@@ -43,8 +45,8 @@ def test_shipped_registry_is_consistent():
 
 
 def test_shipped_rows_are_those_of_elevater_with_its_sizes_and_metrics():
-    registry = sources.Registry()
-    published = yaml.safe_load((sources.REPOSITORY / "data_prep/elevater_sets.yaml").read_text())
+    registry = Registry()
+    published = yaml.safe_load((REPOSITORY / "data_prep/elevater_sets.yaml").read_text())
     assert registry.collections["elevater20"] == list(published)
     names = {"accuracy": "top1", "mean-per-class": "mean_per_class", "roc_auc": "roc_auc"}
     names["11point_mAP"] = "map_11_point"
@@ -65,7 +67,7 @@ def test_shipped_rows_are_those_of_elevater_with_its_sizes_and_metrics():
 
 
 def test_imagenet_has_both_published_protocols():
-    registry = sources.Registry()
+    registry = Registry()
     names = ["imagenet1k", "imagenet_r"]
     for protocol, templates, resize in ((None, 81, 256), ("unicl", 81, 256), ("elevater", 80, 224)):
         for row in registry.select(names, "zero_shot", protocol):
@@ -75,12 +77,12 @@ def test_imagenet_has_both_published_protocols():
         registry.select(["dtd"], "zero_shot", "unicl")
     assert registry.datasets["imagenet1k"].split_name("test") == "val"
     r, a = (registry.datasets[name] for name in ("imagenet_r", "imagenet_a"))
-    assert len(sources.subset_ids(r.subset)) == len(sources.subset_ids(a.subset)) == 200
+    assert len(subset_ids(r.subset)) == len(subset_ids(a.subset)) == 200
 
 
 def test_class_texts_are_those_of_training_except_elevaters():
     """ "Bonaire, Saint Eustatius and Saba" is scored with its comma in ELEVATER."""
-    registry = sources.Registry()
+    registry = Registry()
     names, rng = ["a, b+c", "x"], random.Random(7)
     training = [texts.label_text([name], ["{}"], rng) for name in names]
     assert registry.datasets["imagenet1k"].class_texts(names) == training == ["a b c", "x"]
@@ -93,7 +95,7 @@ def test_class_texts_are_those_of_training_except_elevaters():
 def test_collections_with_unknown_members_say_so():
     for name in ("unicl14", "unicl18"):
         with pytest.raises(ConfigError, match=rf"{name} cannot.*could read names the members"):
-            sources.Registry().select([name], "zero_shot")
+            Registry().select([name], "zero_shot")
 
 
 def test_data_root_moves_benchmark_sets_only(monkeypatch, tmp_path):
@@ -101,18 +103,18 @@ def test_data_root_moves_benchmark_sets_only(monkeypatch, tmp_path):
         row = registry.datasets["dtd"]
         return row.folder("test"), registry.datasets["emoji_twemoji"].folder("test")
 
-    shipped = sources.REPOSITORY / "data/quickstart/emoji_twemoji"
+    shipped = REPOSITORY / "data/quickstart/emoji_twemoji"
     monkeypatch.delenv("UNICL_EVAL_DATA", raising=False)
-    usual = sources.REPOSITORY / "data/eval/dtd/test"
-    assert folders(sources.Registry()) == (usual, shipped)
-    assert folders(sources.Registry(data_root=tmp_path)) == (tmp_path / "dtd/test", shipped)
+    usual = REPOSITORY / "data/eval/dtd/test"
+    assert folders(Registry()) == (usual, shipped)
+    assert folders(Registry(data_root=tmp_path)) == (tmp_path / "dtd/test", shipped)
     monkeypatch.setenv("UNICL_EVAL_DATA", str(tmp_path / "env"))
-    assert folders(sources.Registry()) == (tmp_path / "env/dtd/test", shipped)
-    assert f"--out {tmp_path}/env/dtd/test" in sources.Registry().datasets["dtd"].obtain
+    assert folders(Registry()) == (tmp_path / "env/dtd/test", shipped)
+    assert f"--out {tmp_path}/env/dtd/test" in Registry().datasets["dtd"].obtain
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    registry = sources.Registry()
+    registry = Registry()
     with pytest.raises(ConfigError, match="did you mean emoji_twemoji"):
         registry.select(["emoji_twemojis"], "zero_shot")
     with pytest.raises(ConfigError, match="openclipart_captions has no task zero_shot"):
@@ -124,34 +126,34 @@ def test_registry_row_with_an_unknown_key_is_refused(world, tmp_path):
     content["datasets"]["toy_classes"]["clases"] = 3
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(DataError, match=r"toy_classes: .*clases"):
-        sources.Registry(tmp_path / "bad.yaml")
+        Registry(tmp_path / "bad.yaml")
 
 
 def test_wrong_count_names_both_numbers(row, world):
     splits = {"test": {"path": str(world / "drawn_test"), "samples": 20}}
     with pytest.raises(DataError, match=r"holds 19 labelled samples.*expects 20"):
-        sources.EvalSplit(row("toy_classes", splits=splits), "test", 32)
+        EvalSplit(row("toy_classes", splits=splits), "test", 32)
     with pytest.raises(DataError, match=r"3 classes occur.*expects 4"):
-        sources.EvalSplit(row("toy_classes", classes=4), "test", 32).class_names()
+        EvalSplit(row("toy_classes", classes=4), "test", 32).class_names()
 
 
 def test_absent_set_is_skipped_only_when_optional(row, tmp_path, capsys):
     splits = {"test": {"path": str(tmp_path / "nowhere"), "samples": None}}
     with pytest.raises(DataError, match="nowhere is not there; obtain it with: make toys"):
-        sources.present(row("toy_captions", splits=splits))
-    assert not sources.present(row("toy_captions", splits=splits, optional=True))
+        present(row("toy_captions", splits=splits))
+    assert not present(row("toy_captions", splits=splits, optional=True))
     assert "obtain it with: make toys" in capsys.readouterr().out
-    assert sources.present(row("toy_captions"))
+    assert present(row("toy_captions"))
     with pytest.raises(DataError, match="nowhere"):  # named on the command line
-        sources.present(row("toy_captions", splits=splits, optional=True), required=True)
+        present(row("toy_captions", splits=splits, optional=True), required=True)
 
 
 def test_zero_shot_does_not_ask_for_the_training_split(row, world, tmp_path):
     splits = {"test": {"path": str(world / "drawn_test"), "samples": None}}
     splits["train"] = {"path": str(tmp_path / "nowhere"), "samples": None}
     half = row("toy_classes", splits=splits, optional=True)
-    assert sources.absent_splits(half) == sources.absent_splits(half, "knn") == ["train"]
-    assert sources.absent_splits(half, "zero_shot") == []
+    assert absent_splits(half) == absent_splits(half, "knn") == ["train"]
+    assert absent_splits(half, "zero_shot") == []
 
 
 def test_unreadable_image_and_missing_caption_name_shard_and_key(row, tmp_path):
@@ -159,7 +161,7 @@ def test_unreadable_image_and_missing_caption_name_shard_and_key(row, tmp_path):
     samples = [{"png": good, "txt": "a"}, {"png": b"no image", "txt": "b"}, {"png": good}]
     write_set(tmp_path / "bad", "image_text", samples)
     splits = {"test": {"path": str(tmp_path / "bad"), "samples": None}}
-    split = sources.EvalSplit(row("toy_captions", splits=splits), "test", 32)
+    split = EvalSplit(row("toy_captions", splits=splits), "test", 32)
     assert split[0].shape == (3, 32, 32)
     with pytest.raises(DataError, match=r"00000.tar, key 000000001: unreadable image"):
         split[1]
@@ -172,7 +174,7 @@ def test_distinct_texts_merge_case_and_spaces_only(row, tmp_path):
     captions = ["A cat", "a  cat ", "a cat.", "A CAT", "dog"]
     write_set(tmp_path / "set", "image_text", [{"png": good, "txt": c} for c in captions])
     splits = {"test": {"path": str(tmp_path / "set"), "samples": None}}
-    split = sources.EvalSplit(row("toy_captions", splits=splits), "test", 32)
+    split = EvalSplit(row("toy_captions", splits=splits), "test", 32)
     distinct, owner = split.distinct_texts()
     assert distinct == ["A cat", "a cat.", "dog"]
     assert owner.tolist() == [0, 0, 1, 0, 2]
@@ -186,6 +188,6 @@ def test_cache_key_follows_the_pixels(row, tmp_path):
         images = np.random.default_rng(seed).bytes(60)
         write_set(tmp_path / "set", "image_text", [{"png": images, "txt": "a"}] * 4)
         splits = {"test": {"path": str(tmp_path / "set"), "samples": None}}
-        split = sources.EvalSplit(row("toy_captions", splits=splits), "test", 32)
+        split = EvalSplit(row("toy_captions", splits=splits), "test", 32)
         hashes.append(split.content_hash)
     assert hashes[0] != hashes[1]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval import plots, render, sources, tables
+from eval import plots, tables
+from eval.report import render
+from eval.sources.registry import REPOSITORY, Registry
 from loaders.errors import ConfigError, DataError
 from tests.eval.test_end_to_end import evaluate
 
@@ -57,7 +59,7 @@ def test_cells_join_by_run_and_column_and_missing_ones_name_their_command(tmp_pa
     # Never evaluated, but part of the collection: a line of dashes, and how to get what is absent.
     assert cells["openclipart_captions", "retrieval mean R@1,5,10", ""]["unicl"] == "—"
     assert cells["stamps_classes", "zero-shot top-1", ""]["unicl"] == "—"
-    stamps = Path(sources.REPOSITORY / "data/quickstart/stamps/manifest.json").exists()
+    stamps = Path(REPOSITORY / "data/quickstart/stamps/manifest.json").exists()
     assert ("python data_prep/quickstart.py --stamps" in text) != stamps
 
 
@@ -209,6 +211,6 @@ def test_chance_of_mean_recall(tmp_path):
 
 
 def test_shipped_registry_metrics_all_have_names():
-    for row in sources.Registry().datasets.values():
+    for row in Registry().datasets.values():
         for metrics in row.tasks.values():
             assert set(metrics) <= set(render.METRICS)

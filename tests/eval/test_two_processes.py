@@ -8,18 +8,12 @@ import pytest
 import torch
 import yaml
 
-from eval import (
-    cli,
-    detection,
-    detection_model,
-    finetune,
-    knn,
-    linear_probe,
-    source_classes,
-    sources,
-)
-from eval.detection_data import Instances
+from eval import cli, detection, finetune, knn, linear_probe
+from eval.detector import mask_rcnn
+from eval.detector.instances import Instances
 from eval.features import Extractor
+from eval.sources import common_classes
+from eval.sources.registry import Registry
 from loaders import views
 from models import weights
 from tests import multiprocess
@@ -59,8 +53,8 @@ def fine_tune(rank, world_size, registry):
     run = weights.load(registry.parent / "runs/tiny")
     accelerator = cli.make_accelerator()
     extractor = Extractor(accelerator, run, registry.parent / "cache", 64, 0)
-    row = sources.Registry(registry).datasets["emoji"]
-    splits, classes = source_classes.open_splits(row, ("train",), extractor.size)
+    row = Registry(registry).datasets["emoji"]
+    splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     data = finetune.TrainingViews(splits["train"], classes.targets["train"][:128], seed=0)
     torch.manual_seed(0)
     head = torch.randn(len(classes.names), run.model.embed_dim) * 0.02
@@ -90,7 +84,7 @@ def detect(rank, world_size, folder, output):
     data = Instances(folder / "val", training=False)
     tower = build("swin")[0].image
     torch.manual_seed(0)
-    model = shrink(detection_model.build(tower, "swin", 2, (0.5,) * 3, (0.25,) * 3, 64))
+    model = shrink(mask_rcnn.build(tower, "swin", 2, (0.5,) * 3, (0.25,) * 3, 64))
     model.to(accelerator.device)
     found = detection.detect(accelerator, model, data, workers=0)
     options = ["--checkpoint", "-", "--train", "-", "--val", "-", "--output", "-", "--workers", "0"]

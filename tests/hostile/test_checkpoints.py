@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import checkpoint, ds, export, optim
+from engine import checkpoint, deepspeed_engine, export, optim
 from engine.step import Stepper
 from eval import zero_shot
 from loaders.errors import DataError
@@ -163,7 +163,7 @@ def build_engine(stage: int):
         "train_batch_size": 12, "train_micro_batch_size_per_gpu": 12, "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage}, "steps_per_print": 10**9,
     }  # fmt: skip
-    engine = ds.initialise(module, optimizer, settings, torch.device("cpu"))
+    engine = deepspeed_engine.initialise(module, optimizer, settings, torch.device("cpu"))
     Stepper(engine, Gather(), seed=3)(0, [tiny.make_batch(0, 12)])
     return engine
 
@@ -204,7 +204,7 @@ def attack_every_file(rank: int, world_size: int, folder: str, stage: int) -> li
     try_all(sorted(saved.with_name(f"{saved.name}.universal").rglob("optimizer_state.pt")))
     (saved / "run.json").write_text(facts)
     assert checkpoint.load(engine, saved, IDENTITY) == 1
-    weights_after = dict(ds.full_state(engine))
+    weights_after = dict(deepspeed_engine.full_state(engine))
     good = load_file(saved / "model.safetensors")
     assert all(torch.equal(good[name], value) for name, value in weights_after.items())
     return seen

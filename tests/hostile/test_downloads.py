@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from data_prep.img2ds_child import is_public
-from data_prep.reasons import reason_group
+from data_prep.download.img2ds_child import is_public
+from data_prep.download.reasons import reason_group
 from tests.data_prep import downloads
 from tests.data_prep.downloads import run
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import folder as data_folder
-from data_prep.verify_shard import _image_faults
-from eval.source_shards import ShardSource
+from data_prep.checks.verify_shard import _image_faults
+from data_prep.sets import set_folder as data_folder
+from eval.sources.shards import ShardSource
 from loaders import decoders, manifest, tokenizers, views
 from loaders.batch import TripletDataset
 from loaders.errors import DataError, run_cli

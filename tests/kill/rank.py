@@ -42,7 +42,7 @@ POINTS = {
     "cutting metrics.jsonl": Point("os:replace", path="metrics.jsonl"),
     "group joined": Point("deepspeed:initialize", rank=1, alone=False),
     "backward pass": Point("torch.autograd:backward", rank=1),
-    "parts written": Point("engine.ds:full_state", rank=1),
+    "parts written": Point("engine.deepspeed_engine:full_state", rank=1),
     "optimizer part whole": Point("torch:save", "after", "optim_states.pt"),
     "weights whole": Point("engine.checkpoint:save_file", "after"),
     "run.json half": Point("engine.checkpoint:_write_facts", "half"),

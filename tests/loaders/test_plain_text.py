@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import elevater_targets, imagenet_devkit
-from data_prep.report_collect import captions_of
-from data_prep.verify_shard import _text_faults
-from eval.source_shards import ShardSource, WebdatasetSource
+from data_prep.archives import elevater_targets, imagenet_devkit
+from data_prep.checks.report_collect import captions_of
+from data_prep.checks.verify_shard import _text_faults
+from eval.sources.shards import ShardSource, WebdatasetSource
 from loaders.errors import DataError
 from loaders.manifest import open_shards, write_manifest
 from loaders.plain_text import decode_text, read_text, text_lines
@@ -84,7 +84,7 @@ def test_lists_that_data_preparation_reads(tmp_path):
 
 
 def test_settings_in_json(tmp_path):
-    from engine import ds
+    from engine import deepspeed_engine
 
     (tmp_path / "ds.json").write_bytes(windows(json.dumps({"bf16": {"enabled": True}}, indent=1)))
-    assert ds.read_json(tmp_path / "ds.json") == {"bf16": {"enabled": True}}
+    assert deepspeed_engine.read_json(tmp_path / "ds.json") == {"bf16": {"enabled": True}}

@@ -1,0 +1,56 @@
+"""Class folders as a source, and what a folder holds."""
+
+from pathlib import Path
+
+import numpy as np
+
+from eval.sources.base import IMAGE_SUFFIXES, Source, decode_file, files_hash
+from loaders.errors import DataError
+
+
+class FolderSource(Source):
+    """FOLDER/CLASS/**/*.jpg: a folder per class, named by its name, synset or number."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError for a folder without class folders, and for an empty one."""
+        self.what, self._folder = str(folder), folder
+        self.names = class_folders(folder)
+        self._files: list[Path] = []
+        labels: list[int] = []
+        for label, name in enumerate(self.names):
+            found = [p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
+            if not found:
+                raise DataError(f"{folder / name}: the class folder holds no image")
+            self._files += sorted(found)
+            labels += [label] * len(found)
+        if not labels:
+            raise DataError(f"{folder}: no class folders with images")
+        self.labels = np.array(labels, dtype=np.int64)
+
+    @property
+    def content_hash(self) -> str:
+        return files_hash(self._folder)
+
+    def image(self, i: int):
+        return decode_file(self._files[i])
+
+    def where(self, i: int) -> str:
+        return str(self._files[i])
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the subfolders, sorted; hidden ones aside."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def recognise(folder: Path) -> str | None:
+    """What `folder` holds: shards, webdataset, huggingface, folder, or None for nothing known."""
+    if (folder / "manifest.json").is_file():
+        return "shards"
+    if not folder.is_dir():
+        return None
+    if any(folder.glob("*.tar")):
+        return "webdataset"
+    if (folder / "state.json").is_file() or any(folder.glob("*.parquet")):
+        return "huggingface"
+    return "folder" if class_folders(folder) else None
