@@ -70,7 +70,10 @@ def imports(path):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            if node.module.split(".")[0] in OURS and "." not in node.module:
+            if (
+                node.module.split(".")[0] in OURS
+                and (ROOT / node.module.replace(".", "/")).is_dir()
+            ):
                 yield from ((f"{node.module}.{a.name}", node.lineno) for a in node.names)
             else:
                 yield node.module, node.lineno
