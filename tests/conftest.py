@@ -14,11 +14,15 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).with_name("durations.json")
-# Not a file: tests that share a download are one unit, and long ones that share nothing are many.
-TOGETHER = (
-    "tests/data_prep/test_img2ds.py", "tests/data_prep/test_retry_failed.py",
-    "tests/data_prep/test_img2ds_kill.py::test_killed_at_several_moments",
-)  # fmt: skip
+# Not a file: tests that share a cluster or a download are one unit, by how their names begin,
+# and long ones that share nothing are many.
+TOGETHER = {
+    "tests/slurm": ("tests/slurm/",),
+    "tests/data_prep: one download": (
+        "tests/data_prep/test_img2ds.py", "tests/data_prep/test_retry_failed.py",
+        "tests/data_prep/test_img2ds_kill.py::test_killed_at_several_moments",
+    ),
+}  # fmt: skip
 APART = (
     "tests/data_prep/test_img2ds_kill.py", "tests/engine/test_train.py",
     "tests/eval/test_two_processes.py",
@@ -27,8 +31,9 @@ APART = (
 
 def unit(nodeid: str) -> str:
     """The unit of a test."""
-    if nodeid.startswith(TOGETHER):
-        return "tests/data_prep: one download"
+    for name, beginnings in TOGETHER.items():
+        if nodeid.startswith(beginnings):
+            return name
     file = nodeid.partition("::")[0]
     return nodeid if file in APART else file
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.clipart import classes, packages
+from tests import apt
 from tests.test_imports import OURS, imports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,7 +56,8 @@ def refresh_package_lists():
     """A bare machine has no lists, and `apt-get download` then knows no package."""
     lists = Path("/var/lib/apt/lists").glob("*_Packages*")
     if os.geteuid() == 0 and shutil.which("apt-get") and not any(lists):
-        subprocess.run(["apt-get", "update", "-qq"], check=False, timeout=300)
+        with apt.alone():
+            subprocess.run(["apt-get", "update", "-qq"], check=False, timeout=300)
 
 
 def rebuild(tmp_path):

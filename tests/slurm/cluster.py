@@ -228,15 +228,18 @@ class Cluster:
         self.wait(lambda: (s := self.states(job)) and s <= FINAL, f"job {job} to end")
         return self.states(job)
 
-    def start_now(self, job: str) -> None:
-        """A requeued job waits two minutes before it starts again; not here."""
+    def start_now(self, job: str, *changes: str) -> None:
+        """A requeued job waits two minutes before it starts again; not here.
+
+        `changes`: what else `scontrol update` shall change, as `TimeLimit=10`.
+        """
 
         def requeued():
             assert not self.states(job) & FINAL, f"job {job} ended: {self.states(job)}"
             return self.states(job) == {"PENDING"}
 
         self.wait(requeued, f"job {job} to be requeued")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={job}", *changes, "StartTime=now")
 
 
 def _resolvable_host() -> str:

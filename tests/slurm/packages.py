@@ -5,6 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests import apt
+
 SEARCH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it whether an installed service may start
 
@@ -17,6 +19,11 @@ def missing_programs() -> list[str]:
 
 def install() -> str | None:
     """Install Debian's packages where they are missing; why that cannot be done, or None."""
+    with apt.alone():
+        return _install()
+
+
+def _install() -> str | None:
     if not missing_programs():
         return None
     if os.geteuid() != 0 or shutil.which("apt-get") is None:

@@ -123,7 +123,7 @@ def test_preemption_and_the_time_limit_requeue_after_a_checkpoint(cluster, whole
     job.wait_for_text("stopped by SIGUSR1 after a checkpoint")
     second = job.last_good()
     assert first + 5 <= second < STEPS
-    cluster.start_now(job.id)
+    cluster.start_now(job.id, "TimeLimit=10")  # else the next warning comes after a minute at most
 
     assert cluster.finished(job.id) == {"COMPLETED"}, job.text()
     assert cluster.jobs(job.id)[0]["Restarts"] == "2"
