@@ -31,6 +31,8 @@ class Command:
         arguments: of the command line, behind its name. ranks: how many processes.
         environment: variables beside those of this process.
         prepare: called first in each rank, importable: what a test changes inside the program.
+        kill_on_bad_exit: end the others when a rank has failed, as torchrun and `srun
+            --kill-on-bad-exit` do; without it each is left to find out.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Command:
         ranks: int = 1,
         environment: Mapping[str, str] | None = None,
         prepare: Callable[[], None] | None = None,
+        kill_on_bad_exit: bool = False,
     ):
+        self._kill_on_bad_exit = kill_on_bad_exit
         self._folder = tempfile.TemporaryDirectory(prefix="command-")
         for stream in ("stdout", "stderr"):
             (Path(self._folder.name) / stream).touch()
@@ -64,9 +68,10 @@ class Command:
 
     @property
     def returncode(self) -> int | None:
-        """Of the first rank that failed, else 0; None while one of them runs."""
+        """The highest of those that failed, else 0; None while one of them runs."""
         codes = [process.exitcode for process in self.processes]
-        return None if None in codes else next((code for code in codes if code), 0)
+        failed = [code for code in codes if code]
+        return None if None in codes else max(failed, default=0)  # above what our kill gives
 
     poll = returncode.fget
 
@@ -84,6 +89,8 @@ class Command:
                 raise subprocess.TimeoutExpired(self.args, timeout, self.text("stdout"))
             alive = [process.sentinel for process in self.processes if process.exitcode is None]
             wait(alive, timeout=left)
+            if self._kill_on_bad_exit and any(process.exitcode for process in self.processes):
+                self.kill()
         return self.text("stdout"), self.text("stderr")
 
     def send_signal(self, number: int) -> None:

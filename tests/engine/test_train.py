@@ -104,8 +104,8 @@ def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration
     interrupt(tmp_path, settings, after=3, number=signal.SIGTERM)
     last = (tmp_path / "checkpoints/LAST_GOOD").read_text().strip()
     assert json.loads((tmp_path / f"checkpoints/{last}/run.json").read_text())["step"] >= 3
-    other = commands.train(*settings, "seed=1", ranks=2)
-    assert other.returncode != 0
+    other = commands.train(*settings, "seed=1", ranks=2, kill_on_bad_exit=True)
+    assert other.returncode == 3
     assert "belongs to another configuration" in other.stderr
     assert "seed: checkpoint 0, now 1" in other.stderr
     step = int(last.removeprefix("step_"))

@@ -31,7 +31,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_it_continues(disk, tmp_path):
     size = sum(path.stat().st_size for path in (whole.out / "checkpoints/step_0000002").iterdir())
     filler.write_bytes(bytes(100 * 2**20 - size * 3 // 2))
     assert run.live() == [3, 3], run.output()[-3000:]
-    words = re.findall(r"error: (checkpoint .*)", run.output())
+    words = re.findall(r"error: (?:rank 1 on \S+: )?(checkpoint .*)", run.output())
     assert len(words) == 2, run.output()[-3000:]
     for line in words:
         assert "step_0000004 could not be written" in line
