@@ -107,13 +107,13 @@ def _fit(model: TwoTower, converted: Mapping[str, Tensor], folder: Path) -> None
 def write(run: LoadedRun, folder: Path) -> str:
     """FOLDER/{open_clip_config.json, open_clip_model.safetensors} and what they refer to.
 
-    What `open_clip_config.written` refers to by absolute path must be rewritten when the folder
+    What `open_clip_config.config_of` refers to by absolute path must be rewritten when the folder
     moves.
 
     Raises:
         ConfigError: names the part that open_clip cannot express.
     """
-    content = open_clip_config.written(run, folder)
+    content = open_clip_config.config_of(run, folder)
     trunk = _trunk_state(run, content["model_cfg"]["vision_cfg"]["timm_model_name"])
     state = open_clip_weights.to_open_clip(run.model, trunk)
     save_file(writing.contiguous(state), folder / WEIGHTS_FILE, {"format": "pt"})

@@ -46,7 +46,6 @@ RESNETS = {
 }
 # open_clip/hf_model.py, class names of the poolers -> ours.
 HF_POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
-
 # open_clip/hf_configs.py, arch_dict: encoders that open_clip can wrap.
 HF_ENCODERS = ("bert", "roberta", "xlm-roberta")
 
@@ -210,7 +209,7 @@ def _text_config(model: Mapping[str, Any], folder: Path, where: str) -> TextConf
     )
 
 
-def written(run: LoadedRun, folder: Path) -> dict[str, Any]:
+def config_of(run: LoadedRun, folder: Path) -> dict[str, Any]:
     """The content of FOLDER/open_clip_config.json for a model of ours, and what it refers to.
 
     open_clip builds a timm tower by its name alone. A tower with other arguments is described in
