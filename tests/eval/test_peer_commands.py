@@ -83,8 +83,8 @@ def top1(home, names) -> float:
 
 @pytest.mark.parametrize("form", READERS)
 def test_exports_are_read_by_the_documented_line(form, home, tmp_path, monkeypatch):
-    (line,) = set(
-        re.findall(rf"^\| `{form}` \|.*\| `({re.escape(READERS[form])}.*)` \|$", DOCUMENTS, re.M)
+    (line,) = re.findall(
+        rf"^\| `{form}` \|.*\| `({re.escape(READERS[form])}.*)` \|$", DOCUMENTS, re.M
     )
     monkeypatch.chdir(tmp_path)
     export.export(home / "NAME", form, "DIR")
