@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 
 import models
 from benchmarks import harness
-from engine.export import export
 from loaders import manifest, texts
+from models.export import export
 
 SIDES = ("ours", "clip_benchmark")
 SETS = ("emoji_train", "emoji_twemoji", "openclipart_train", "openclipart_test")

@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from benchmarks import harness
 from benchmarks.step_data import write_shards, write_weights
 from benchmarks.step_sides import RANKS, WORKERS, Run, Task, open_clip, ours
-from engine.export_open_clip import WEIGHTS_FILE
 from loaders import manifest, tokenizers, views
 from loaders.texts import read_caption
 from losses.unicl import unicl_loss
 from models import weights
+from models.formats.open_clip import WEIGHTS_FILE
 
 SIDES = {"ours": ours, "open_clip": open_clip}
 SMALL = {

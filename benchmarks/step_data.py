@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import models
-from engine.export import export
 from loaders import manifest
 from loaders.texts import read_caption
-from models.open_clip_config import CONFIG_FILE
+from models.export import export
+from models.formats.open_clip_config import CONFIG_FILE
 
 IMAGE_SIZE = (256, 256)  # as img2dataset stores web images; drawings of 64 pixels, enlarged
 WORDS = (8, 20)

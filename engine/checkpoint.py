@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from engine import deepspeed_engine, disk, dist, universal
 from loaders.errors import DataError
-from models import weight_files
+from models import unpickling
 
 POINTER = "LAST_GOOD"
 LEFT = ".step_*"  # of saves and deletions that were cut off
@@ -161,7 +161,7 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     # Decay and betas are the configuration's that continues; DeepSpeed restores those that were.
     asked = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     # DeepSpeed's own torch.load would run whatever a pickle asks for.
-    with weight_files.plain_data_only(checkpoint, deepspeed_engine.checkpoint_classes()):
+    with unpickling.plain_data_only(checkpoint, deepspeed_engine.checkpoint_classes()):
         if (facts["world_size"], facts["zero_stage"]) != here:
             converted = universal.convert(checkpoint, facts["zero_stage"], engine.device)
             universal.load(engine, checkpoint, converted)

@@ -1,78 +1,16 @@
-"""Export the model of a run to the formats of other libraries.
+"""The old name of `python -m models.export`; works for one release more."""
 
-    python -m engine.export --checkpoint RUN --format open_clip --output DIR
-
-Reads the whole weights that every checkpoint holds, whatever its ZeRO stage, as float32. What can
-be reloaded here is reloaded, and its features are compared, before the command succeeds.
-"""
-
-from __future__ import annotations
-
-import argparse
-import shutil
+import runpy
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: Python put engine/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from engine import export_formats, export_hf, export_open_clip
-from loaders.errors import ConfigError, run_cli
-from loaders.specs import as_path
-from models import weights
-
-# Each writes into an empty folder and returns the line of Python that loads the result.
-FORMATS: dict[str, Callable[[weights.LoadedRun, Path], str]] = {
-    "pt": export_formats.write_pt,
-    "safetensors": export_formats.write_safetensors,
-    "open_clip": export_open_clip.write,
-    "hf": export_hf.write,
-    "timm": export_formats.write_timm,
-}
-
-
-def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
-    """Write the model of a run or checkpoint folder into the new folder `output`.
-
-    Returns:
-        The line of Python that loads it.
-
-    Raises:
-        ConfigError: `output` holds files already, or the format cannot express the model; the
-            message names the part. Nothing is left behind then.
-        DataError: the checkpoint cannot be read.
-    """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--output {folder} exists and is not an empty folder; name a new one")
-    run = weights.load_run(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return FORMATS[format_name](run, folder)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of this file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--checkpoint", type=as_path, required=True, help="run or checkpoint folder"
-    )
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument(
-        "--output", type=as_path, required=True, metavar="DIR", help="new or empty folder"
-    )
-    arguments = parser.parse_args(argv)
-    how = export(arguments.checkpoint, arguments.format, arguments.output)
-    print(f"{arguments.output}: {arguments.format}, load it with\n  {how}")
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    print(
+        "`python -m engine.export` is now `python -m models.export`; the old name works for one "
+        "release more",
+        file=sys.stderr,
+    )
+    runpy.run_module("models.export", run_name="__main__", alter_sys=True)

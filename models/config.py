@@ -13,6 +13,8 @@ from loaders.errors import ConfigError
 # ImageNet's channel statistics, which UniCL and ELEVATER use (not CLIP's own).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of the evaluation transform (loaders.views.build_eval), which every export describes.
+INTERPOLATION = "bicubic"
 
 TEXT_TOWERS = ("transformer", "hf")
 HF_POOLINGS = ("first", "mean")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from models.weights import LoadedRun
+from models.loaded_run import LoadedRun
 
 ENVIRONMENT = "environment.json"
 

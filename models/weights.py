@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-import models
-from loaders.errors import ConfigError, DataError
-from models import (
+from loaders.errors import DataError
+from models.formats import (
     checkpoint_layout,
+    official_unicl,
+    open_clip,
     open_clip_config,
-    open_clip_weights,
+    openai_clip,
+    plain,
     run_files,
     weight_files,
 )
-from models.config import ModelConfig
-from models.official_unicl import convert, infer_config, official_names
+from models.loaded_run import LoadedRun
 from models.two_tower import TwoTower
 
 # Weights of a folder, in open_clip's own order (open_clip/factory.py, _find_checkpoint_in_dir), and
@@ -30,24 +29,6 @@ FOLDER_FILES = (
     "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LoadedRun:
-    """A model with what an evaluation row has to say about it.
-
-    `cfg` has at least the `model:` section (image statistics, tokenizer and context length
-    included); a run's is complete. `step` is None where the file does not say. `path` is the
-    checkpoint folder of a run, else the file. `name` is for tables: the run folder's name, the
-    folder's or the file's stem.
-    """
-
-    model: TwoTower
-    cfg: dict[str, Any]
-    step: int | None
-    checkpoint_hash: str
-    path: Path
-    name: str
 
 
 def load(path: str | Path) -> LoadedRun:
@@ -99,11 +80,11 @@ def _load_folder(path: Path) -> LoadedRun:
 def _load_file(path: Path, name: str) -> LoadedRun:
     state, facts = weight_files.read(path)
     if facts is not None:
-        return _load_export(path, state, facts, name)
+        return _loaded(plain.build(state, facts, path), path, name, facts["step"])
     state = checkpoint_layout.plain_names(state, path)
     kind = checkpoint_layout.layout(state)
     if kind == "unicl":
-        return _loaded(_official(state, path), path, name)
+        return _loaded(official_unicl.build(state, path), path, name)
     if kind == "ours":
         config = run_files.config_for(path)
         cfg, model = run_files.read(config)
@@ -127,8 +108,8 @@ def _load_file(path: Path, name: str) -> LoadedRun:
 
 def _load_clip(path: Path, state: dict[str, Tensor], name: str) -> LoadedRun:
     folder = path.parent
-    if open_clip_config.is_openai(state):
-        config = open_clip_config.openai_config(state)
+    if openai_clip.is_openai(state):
+        config = openai_clip.config(state)
     elif (folder / open_clip_config.CONFIG_FILE).is_file():
         config = open_clip_config.read_config(folder)
     else:
@@ -139,18 +120,7 @@ def _load_clip(path: Path, state: dict[str, Tensor], name: str) -> LoadedRun:
             "open_clip.get_model_config('ViT-B-32'), 'preprocess_cfg': {}}, "
             f"open('{folder / open_clip_config.CONFIG_FILE}', 'w'))\""
         )
-    return _loaded(open_clip_weights.build(state, config, folder), path, name)
-
-
-def _load_export(
-    path: Path, state: dict[str, Tensor], facts: dict[str, Any], name: str
-) -> LoadedRun:
-    try:
-        model = models.build(ModelConfig.from_dict(facts["config"]))
-        model.load_state_dict(state)
-    except (ConfigError, RuntimeError) as error:
-        raise DataError(f"{path}: configuration and weights do not agree: {error}") from error
-    return _loaded(model.eval(), path, name, facts["step"])
+    return _loaded(open_clip.build(state, config, folder), path, name)
 
 
 def _loaded(model: TwoTower, path: Path, name: str, step: int | None = None) -> LoadedRun:
@@ -196,28 +166,7 @@ def load_official_unicl(path: str | Path, allow_partial: bool = False) -> TwoTow
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     state = checkpoint_layout.plain_names(weight_files.read(path)[0], path)
-    return _official(state, path, allow_partial)
-
-
-def _official(state: dict[str, Tensor], path: Path, allow_partial: bool = False) -> TwoTower:
-    state = official_names(state)
-    model = models.build(infer_config(state, path))
-    target = model.state_dict()
-    converted, problems = convert(state, target)
-    print(
-        f"{path}: {len(converted)} of {len(target)} tensors matched, "
-        + ", ".join(f"{len(names)} {reason}" for reason, names in problems.items())
-    )
-    listing = [f"{reason}: {', '.join(names)}" for reason, names in problems.items() if names]
-    if listing and not allow_partial:
-        raise DataError(
-            f"{path}: refused, the weights do not fit the model. {'; '.join(listing)}. "
-            "Pass allow_partial=True to load the rest anyway."
-        )
-    for line in listing:
-        print(f"  {line}")
-    model.load_state_dict(converted, strict=False)
-    return model.eval()
+    return official_unicl.build(state, path, allow_partial)
 
 
 def load_run(path: str | Path) -> LoadedRun:

@@ -33,7 +33,7 @@ def test_the_repository_is_on_the_path_before_its_packages_are_imported(path):
     assert not imports or "sys.path" in before, f"python {path.name} would not find {OURS}"
 
 
-@pytest.mark.parametrize("package", ["engine", "eval", "data_prep"])
+@pytest.mark.parametrize("package", ["engine", "eval", "data_prep", "models"])
 def test_paths_of_arguments_may_begin_with_the_home_folder(package):
     """They are read by `loaders.specs.as_path`: a shell leaves the `~` of `--output=~/x` alone."""
     assert [path.name for path in files(package) if "type=Path" in path.read_text()] == []

@@ -19,7 +19,8 @@ OURS = {
 }
 MAY_USE = {
     "losses": {"losses"},
-    "models": {"models", "loaders.errors"},
+    # An export holds the tokenizer that the model was trained with.
+    "models": {"models", "loaders.errors", "loaders.specs", "loaders.tokenizers"},
     "loaders": {"loaders"},
     "engine": {"engine", "losses", "models", "loaders"},
     "eval": {"eval", "models", "loaders", "engine.dist", "engine.launch"},
@@ -43,6 +44,7 @@ ROOMS = {
     "eval.sources": set(),
     "eval.report": {"eval.sources"},
     "eval.detector": set(),
+    "models.formats": set(),
 }
 FOREIGN = {  # beyond the standard library
     "losses": {"torch"},
@@ -162,7 +164,7 @@ def room_of(module):
 def test_parts_are_imported_by_their_commands_and_the_rooms_that_may():
     folders = {
         f"{package}.{path.parent.name}"
-        for package in ("data_prep", "eval")
+        for package in MAY_USE
         for path in files(package)
         if path.parent.parent == ROOT / package
     }

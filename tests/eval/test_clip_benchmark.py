@@ -17,9 +17,9 @@ from clip_benchmark.models import load_clip
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from engine.export import export
 from eval import retrieval, zero_shot
 from models import weights
+from models.export import export
 from tests.eval import peers
 from tests.eval.conftest import drawing
 from tests.eval.test_sources_kinds import write_tar

@@ -22,9 +22,8 @@ import torch
 import webdataset
 from transformers import VisionTextDualEncoderModel
 
-from engine import export
 from loaders import manifest, views
-from models import weights
+from models import export, weights
 from tests.eval import conftest, peers
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +104,9 @@ def test_shards_are_read_by_the_documented_lines(home, monkeypatch, tmp_path):
 def test_training_by_open_clip_as_typed(home, monkeypatch):
     monkeypatch.chdir(home)
     exporting, training = block("open_clip_train.main")
-    export.main(shlex.split(exporting)[3:])
+    words = shlex.split(exporting)
+    assert words[:3] == ["python", "-m", "models.export"]
+    export.main(words[3:])
     training = re.sub(r"\bN\b", "16", re.sub(r"\bB\b", "4", training))
     words = shlex.split(training)
     assert words[:3] == ["python", "-m", "open_clip_train.main"]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import checkpoint, deepspeed_engine, export, optim
+from engine import checkpoint, deepspeed_engine, optim
 from engine.step import Stepper
 from eval import zero_shot
 from loaders.errors import DataError
 from losses._gather import Gather
-from models import weight_files, weights
+from models import export, unpickling, weights
+from models.formats import weight_files
 from tests import commands, multiprocess
 from tests.engine import run_folder, tiny
 
@@ -145,13 +146,13 @@ def test_the_switch_for_libraries_holds_inside_and_is_put_back(tmp_path, monkeyp
     for _ in range(2):
         with (
             pytest.raises(DataError, match=r"step_7.*run code.*posix.open.*earlier checkpoint"),
-            weight_files.plain_data_only(tmp_path / "step_7"),
+            unpickling.plain_data_only(tmp_path / "step_7"),
         ):
             torch.load(path, weights_only=False)
     assert dict(os.environ) == before
     assert not marker.exists()
     torch.save({"a": Touch}, path)
-    with weight_files.plain_data_only(tmp_path, [Touch]):
+    with unpickling.plain_data_only(tmp_path, [Touch]):
         assert torch.load(path, weights_only=False) == {"a": Touch}
 
 

@@ -25,7 +25,7 @@ from loaders.manifest import MissingMember, ShardSet, open_shards, write_manifes
 from loaders.printable import printable
 from loaders.texts import BadText, read_caption
 from loaders.views import BadImage, decoder
-from models import weight_files
+from models.formats import weight_files
 from tests.hostile import mutations
 from tests.hostile.test_config import GOOD
 from tests.loaders.conftest import sample, write_tar

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from loaders.errors import DataError
-from models import weight_files
-from models.checkpoint_layout import plain_names
+from models.formats import weight_files
+from models.formats.checkpoint_layout import plain_names
 from models.weights import load
 from tests.engine import run_folder
 

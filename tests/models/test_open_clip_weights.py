@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from loaders import tokenizers
 from loaders.errors import DataError
 from models.config import ModelConfig
-from models.open_clip_config import CLIP_MEAN, CLIP_STD
-from models.open_clip_weights import text_from_clip, text_to_clip
+from models.formats.open_clip_config import CLIP_MEAN, CLIP_STD
+from models.formats.open_clip_weights import text_from_clip, text_to_clip
 from models.weights import load
 from tests.engine import run_folder
 

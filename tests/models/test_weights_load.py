@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.export import export
 from loaders.errors import DataError
 from models.config import IMAGENET_MEAN, ModelConfig
+from models.export import export
 from models.weights import load
 from tests.engine import run_folder
 from tests.models.reference import ReferenceUniCL

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -19,15 +22,11 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 
-from engine import checkpoint, deepspeed_engine, optim
-from engine.export import export, main
-from engine.step import Stepper
 from loaders import tokenizers, views
 from loaders.errors import ConfigError, run_cli
-from losses._gather import Gather
 from models import weights
-from tests import multiprocess
-from tests.engine import run_folder, tiny
+from models.export import export, main
+from tests.engine import run_folder
 from tests.engine.run_folder import TEXTS
 
 SIZES = {"vit": 32, "swin": 32, "resnet": 48}
@@ -270,47 +269,18 @@ def test_command_line_and_an_output_that_exists(tmp_path, capsys):
     assert written.read_bytes() == before
 
 
-def train_and_save(rank, world_size, folder):
-    """A step under every ZeRO stage; the trained engine's own features of a fixed batch."""
-    features = {}
-    for stage in range(4):
-        module = tiny.build()
-        config = {
-            "train_batch_size": 12,
-            "train_micro_batch_size_per_gpu": 12 // world_size,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            "steps_per_print": 10**9,
-        }
-        optimizer = optim.build(module.model, module.method, tiny.OPTIM)
-        engine = deepspeed_engine.initialise(module, optimizer, config, torch.device("cpu"))
-        stepper = Stepper(engine, Gather(), seed=3)
-        stepper(0, [tiny.cut(tiny.make_batch(0, 12), rank, world_size)])
-        checkpoint.save(engine, folder / f"zero{stage}", 1, {"train.global_batch": 12}, 1)
-        batch = tiny.make_batch(9, 4)
-        with torch.no_grad():
-            engine.eval()
-            features[stage] = [
-                engine.module.model.encode_image(batch["image"][:, 0])["feature"],
-                engine.module.model.encode_text(batch["text"][:, 0])["feature"],
-            ]
-    return features
-
-
-@torch.no_grad()
-def test_checkpoints_of_every_zero_stage_export_the_trained_weights(tmp_path):
-    features, _ = multiprocess.run(train_and_save, 2, tmp_path)
-    batch = tiny.make_batch(9, 4)
-    start = tiny.build().eval().model.encode_text(batch["text"][:, 0])["feature"]
-    for stage in range(4):
-        run = tmp_path / f"zero{stage}"
-        (run / "config.yaml").write_text(json.dumps({"model": tiny.MODEL}))  # JSON is YAML
-        saved = load_file(run / "checkpoints" / "step_0000001" / "model.safetensors")
-        assert {name.partition(".")[0] for name in saved} == {"model"}
-        export(run, "pt", tmp_path / f"pt{stage}")
-        model = weights.load(tmp_path / f"pt{stage}" / f"zero{stage}.pt").model
-        image, text = (torch.from_numpy(value) for value in features[stage])
-        equal(image, model.encode_image(batch["image"][:, 0])["feature"])
-        equal(text, model.encode_text(batch["text"][:, 0])["feature"])
-        assert (text - start).abs().max() > 1e-3  # it has been trained
+@pytest.mark.parametrize("module", ["models.export", "engine.export"])
+def test_help_and_a_wrong_flag_are_answered_before_anything_installed_is_imported(module):
+    """`-S` hides all installed packages, torch among them."""
+    for arguments, code, words in (
+        (["--help"], 0, "--output DIR"),
+        (["--format", "onnx"], 2, "invalid choice: 'onnx'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-S", "-m", module, *arguments],
+            cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert words in (done.stderr if code else done.stdout)
+        moved = "`python -m engine.export` is now `python -m models.export`" in done.stderr
+        assert moved == (module == "engine.export")

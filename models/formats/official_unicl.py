@@ -1,4 +1,4 @@
-"""The official UniCL release's checkpoints: architecture and names against ours."""
+"""The official UniCL release's checkpoints: architecture and names against ours. Read only."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+import models
 from loaders.errors import DataError
 from models.config import ImageConfig, ModelConfig, TextConfig
+from models.two_tower import TwoTower
 
 # (patch embedding width, blocks per stage) -> our preset.
 SWIN_LAYOUTS = {(96, (2, 2, 6, 2)): "swin_tiny", (128, (2, 2, 18, 2)): "swin_base"}
@@ -40,6 +42,37 @@ TEXT_NAMES = {
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
+
+
+def build(stored: Mapping[str, Tensor], path: Path, allow_partial: bool = False) -> TwoTower:
+    """The model of a release's state dict, in evaluation mode; prints what matched.
+
+    Args:
+        stored: either naming.
+        path: the file, for messages.
+        allow_partial: load what fits and leave the rest as initialised.
+
+    Raises:
+        DataError: not such a checkpoint, or, without `allow_partial`, tensors that do not fit.
+    """
+    state = official_names(stored)
+    model = models.build(infer_config(state, path))
+    target = model.state_dict()
+    converted, problems = convert(state, target)
+    print(
+        f"{path}: {len(converted)} of {len(target)} tensors matched, "
+        + ", ".join(f"{len(names)} {reason}" for reason, names in problems.items())
+    )
+    listing = [f"{reason}: {', '.join(names)}" for reason, names in problems.items() if names]
+    if listing and not allow_partial:
+        raise DataError(
+            f"{path}: refused, the weights do not fit the model. {'; '.join(listing)}. "
+            "Pass allow_partial=True to load the rest anyway."
+        )
+    for line in listing:
+        print(f"  {line}")
+    model.load_state_dict(converted, strict=False)
+    return model.eval()
 
 
 def official_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

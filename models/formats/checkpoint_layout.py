@@ -182,7 +182,7 @@ def _as_stored(prefix: str, stored: Mapping[str, str]) -> str:
 
 def _keep(path: Path, condition: str) -> str:
     return (
-        "keep one: import pathlib, torch; from models import weight_files; torch.save({k: v for "
-        f"k, v in weight_files.read(pathlib.Path({str(path)!r}))[0].items() if {condition}}}, "
-        "'NEW.pt')"
+        "keep one: import pathlib, torch; from models.formats import weight_files; torch.save({"
+        f"k: v for k, v in weight_files.read(pathlib.Path({str(path)!r}))[0].items() "
+        f"if {condition}}}, 'NEW.pt')"
     )

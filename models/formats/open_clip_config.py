@@ -1,40 +1,40 @@
-"""open_clip's configuration of a CLIP model, and OpenAI's shapes, as our `model:` section.
+"""open_clip's configuration of a CLIP model as our `model:` section, and back.
 
 The configuration is the `model_cfg` and `preprocess_cfg` of `open_clip_config.json` (fields and
 their defaults: open_clip 3.3.0, open_clip/model.py, CLIPVisionCfg and CLIPTextCfg, and
-open_clip/transform.py, PreprocessCfg). OpenAI's state dicts come without one; theirs is read off
-the shapes as in openai/CLIP, clip/model.py, build_model.
+open_clip/transform.py, PreprocessCfg).
 
-What decides the features and has no counterpart in our towers is refused by name: SigLIP and CoCa
-models, attentional or average pooling of the native ViT, layer scale, projections with a bias or a
-hidden layer, text towers without causal mask or pooled elsewhere than at the end token.
+In reading, what decides the features and has no counterpart in our towers is refused by name:
+SigLIP and CoCa models, attentional or average pooling of the native ViT, layer scale, projections
+with a bias or a hidden layer, text towers without causal mask or pooled elsewhere than at the end
+token.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import timm
+from transformers import AutoTokenizer
 
 from loaders.errors import ConfigError, DataError
-from models.config import ImageConfig, ModelConfig, TextConfig
-from models.official_unicl import HEAD_WIDTH
+from models.config import INTERPOLATION, ImageConfig, ModelConfig, TextConfig
+from models.formats import timm_image
+from models.formats.official_unicl import HEAD_WIDTH
+from models.loaded_run import LoadedRun
 
 CONFIG_FILE = "open_clip_config.json"
 LOCAL_PREFIX = "local-dir:"
+TIMM_FOLDER = "timm"
 # open_clip/constants.py: channel statistics of OpenAI's training set, the default of open_clip.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # nn.LayerNorm's own epsilon, which both projects use unless the configuration says otherwise.
 CLIP_EPS = 1e-5
-# Entries that OpenAI's archives keep among the weights (openai/CLIP, clip/model.py, build_model).
-OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
-
 # (width, blocks per stage) of CLIP's ModifiedResNet -> timm's name (open_clip/model_configs and
 # timm/models/byobnet.py, model_cfgs).
 RESNETS = {
@@ -46,6 +46,8 @@ RESNETS = {
 }
 # open_clip/hf_model.py, class names of the poolers -> ours.
 HF_POOLERS = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
+# open_clip/hf_configs.py, arch_dict: encoders that open_clip can wrap.
+HF_ENCODERS = ("bert", "roberta", "xlm-roberta")
 
 # Field -> the only value that our towers can express; it is the field's default as well.
 BLOCK = dict.fromkeys(
@@ -81,41 +83,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def is_openai(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is one of OpenAI's, which keep three sizes among the weights."""
-    return all(name in state for name in OPENAI_SIZES)
-
-
-def openai_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """open_clip's configuration of an OpenAI state dict, read off the shapes.
-
-    Source: openai/CLIP, clip/model.py, build_model. QuickGELU and heads of width 64 throughout.
-    """
-
-    def count(pattern: str) -> int:
-        return len({match.group(1) for name in state if (match := re.match(pattern, name))})
-
-    vision: dict[str, Any] = {"image_size": int(state["input_resolution"])}
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        blocks = count(r"visual\.transformer\.resblocks\.(\d+)\.")
-        vision |= {"width": width, "layers": blocks, "patch_size": patch}
-    else:
-        stages = [count(rf"visual\.layer{stage}\.(\d+)\.") for stage in range(1, 5)]
-        width = state["visual.layer1.0.conv1.weight"].shape[0]
-        vision |= {"width": width, "layers": stages}
-    text_width, embed_dim = state["text_projection"].shape
-    text = {
-        "width": text_width,
-        "heads": text_width // HEAD_WIDTH,
-        "layers": count(r"transformer\.resblocks\.(\d+)\."),
-        "context_length": state["positional_embedding"].shape[0],
-        "vocab_size": state["token_embedding.weight"].shape[0],
-    }
-    model = {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
-    return {"model_cfg": model, "preprocess_cfg": {}}
-
-
 def model_config(config: Mapping[str, Any], folder: Path) -> ModelConfig:
     """Our `model:` section for open_clip's `model_cfg` and `preprocess_cfg`.
 
@@ -124,7 +91,7 @@ def model_config(config: Mapping[str, Any], folder: Path) -> ModelConfig:
     epsilon are not part of the section: see `text_details`.
 
     Args:
-        config: from `read_config` or `openai_config`.
+        config: from `read_config` or `openai_clip.config`.
         folder: where tokenizer files lie, and for messages.
 
     Raises:
@@ -240,3 +207,81 @@ def _text_config(model: Mapping[str, Any], folder: Path, where: str) -> TextConf
         vocab_size=text.get("vocab_size", 49408),
         **common,
     )
+
+
+def config_of(run: LoadedRun, folder: Path) -> dict[str, Any]:
+    """The content of FOLDER/open_clip_config.json for a model of ours, and what it refers to.
+
+    open_clip builds a timm tower by its name alone. A tower with other arguments is described in
+    FOLDER/timm/config.json, and a Hugging Face text tower in FOLDER/config.json; the configuration
+    then holds their absolute path.
+
+    Raises:
+        ConfigError: names the text tower that open_clip cannot express.
+    """
+    cfg = run.model.cfg
+    preprocess = {
+        "size": cfg.image.size,
+        "mode": "RGB",
+        "mean": list(cfg.image.mean),
+        "std": list(cfg.image.std),
+        "interpolation": INTERPOLATION,
+        "resize_mode": "shortest",
+    }
+    model = {
+        "embed_dim": cfg.embed_dim,
+        # The text transformer's; timm towers have their own activation.
+        "quick_gelu": True,
+        "custom_text": True,
+        "vision_cfg": _vision_section(run, folder),
+        "text_cfg": _text_section(run, folder),
+    }
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def _vision_section(run: LoadedRun, folder: Path) -> dict[str, Any]:
+    trunk = run.model.image.trunk
+    name, arguments = timm_image.architecture(trunk)
+    if timm_image.architecture(timm.create_model(name, num_classes=0)) != (name, arguments):
+        timm_image.save(run, folder / TIMM_FOLDER)
+        # Its weights are in open_clip's own file.
+        (folder / TIMM_FOLDER / "model.safetensors").unlink()
+        name = f"{LOCAL_PREFIX}{(folder / TIMM_FOLDER).resolve()}"
+    return {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "",  # the network's own
+        "timm_proj": "linear",
+        "image_size": run.model.cfg.image.size,
+    }
+
+
+def _text_section(run: LoadedRun, folder: Path) -> dict[str, Any]:
+    text = run.model.cfg.text
+    section: dict[str, Any] = {"context_length": text.context_length}
+    if text.tokenizer != "clip":
+        # open_clip reads it from the folder; the entry only has to be there.
+        AutoTokenizer.from_pretrained(text.tokenizer).save_pretrained(folder)
+        section["hf_tokenizer_name"] = text.tokenizer
+        section["tokenizer_kwargs"] = {"split_special_tokens": True}
+    if text.name == "transformer":
+        return section | {
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+            "norm_kwargs": {"eps": run.model.text.encoder.final_layer_norm.eps},
+        }
+    encoder = run.model.text.encoder
+    if encoder.config.model_type not in HF_ENCODERS:
+        raise ConfigError(
+            f"text tower '{encoder.config.model_type}': open_clip wraps only "
+            f"{', '.join(HF_ENCODERS)}; use the format pt or safetensors"
+        )
+    encoder.config.save_pretrained(folder)
+    poolers = {ours: theirs for theirs, ours in HF_POOLERS.items()}
+    return section | {
+        "hf_model_name": str(folder.resolve()),
+        "hf_proj_type": "linear",
+        "hf_pooler_type": poolers[text.pooling],
+    }

@@ -1,4 +1,4 @@
-"""Export to a folder that plain transformers loads with `from_pretrained`, offline.
+"""A folder that plain transformers loads with `from_pretrained`, offline. Written, not read.
 
 The model is a VisionTextDualEncoderModel: timm's tower in a TimmWrapperModel, the text transformer
 as a CLIPTextModel, two projections without bias, `logit_scale`. No code travels along. Names:
@@ -22,10 +22,10 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from engine import export_formats as formats
 from loaders import tokenizers
 from loaders.errors import ConfigError
-from models.weights import LoadedRun
+from models.formats import timm_image, writing
+from models.loaded_run import LoadedRun
 
 # tanh(x) = x - x^3/3 + ...: at this scale the identity to float32 precision for |x| < 20. A power
 # of two, so that scaling down and up again loses nothing.
@@ -42,9 +42,9 @@ def write(run: LoadedRun, folder: Path) -> str:
     Raises:
         ConfigError: names the text tower that this model class cannot express.
     """
-    cfg, model = formats.model_config(run), run.model
+    model = run.model
     text_config, text_state, text_projection = _text(run)
-    architecture, arguments = formats.architecture(model.image.trunk)
+    architecture, arguments = timm_image.architecture(model.image.trunk)
     arguments.pop("num_classes")  # TimmWrapperModel sets it
     vision_config = TimmWrapperConfig(
         architecture=architecture, model_args=arguments, hidden_size=model.image_width, num_labels=0
@@ -53,10 +53,10 @@ def write(run: LoadedRun, folder: Path) -> str:
         VisionTextDualEncoderConfig(
             vision_config=vision_config.to_dict(),
             text_config=text_config,
-            projection_dim=cfg.embed_dim,
+            projection_dim=model.embed_dim,
         )
     )
-    trunk = formats.trunk_state(run, dual.vision_model.timm_model)
+    trunk = timm_image.trunk_state(run, dual.vision_model.timm_model)
     state = {f"vision_model.timm_model.{name}": value for name, value in trunk.items()}
     state |= {f"text_model.{name}": value for name, value in text_state.items()}
     state["visual_projection.weight"] = model.image_projection.weight
@@ -77,18 +77,18 @@ def _write_processor(run: LoadedRun, folder: Path) -> None:
     beside the centre where the margin is odd.) Its own `save_pretrained` does nothing, so the
     entry is written here.
     """
-    text = formats.model_config(run).text
+    text = run.model.cfg.text
     _tokenizer(text.tokenizer, text.context_length).save_pretrained(folder)
     image_processor = {
         "image_processor_type": "TimmWrapperImageProcessor",
-        "architecture": formats.architecture(run.model.image.trunk)[0],
-        "pretrained_cfg": formats.data_config(run),
+        "architecture": timm_image.architecture(run.model.image.trunk)[0],
+        "pretrained_cfg": timm_image.data_config(run),
     }
     content = {
         "processor_class": "VisionTextDualEncoderProcessor",
         "image_processor": image_processor,
     }
-    formats.write_json(folder / "processor_config.json", content)
+    writing.write_json(folder / "processor_config.json", content)
 
 
 def _tokenizer(name: str, context_length: int) -> PreTrainedTokenizerBase:
@@ -112,7 +112,7 @@ def _text(run: LoadedRun) -> tuple[dict, dict[str, Tensor], Tensor]:
     Raises:
         ConfigError: mean pooling, or an encoder without such a pooler.
     """
-    model, text = run.model, formats.model_config(run).text
+    model, text = run.model, run.model.cfg.text
     encoder, projection = model.text.encoder, model.text_projection.weight
     config, state = encoder.config.to_dict(), dict(encoder.state_dict())
     if text.name == "transformer":
@@ -134,12 +134,12 @@ def _text(run: LoadedRun) -> tuple[dict, dict[str, Tensor], Tensor]:
 @torch.no_grad()
 def _require_same(run: LoadedRun, folder: Path) -> None:
     dual = VisionTextDualEncoderModel.from_pretrained(folder).eval()
-    text = formats.model_config(run).text
-    images = formats.random_images(run)
+    text = run.model.cfg.text
+    images = writing.random_images(run)
     ids = tokenizers.build(text.tokenizer, text.context_length)(["a", "a photo of a cat. " * 30])
     mask = (ids != getattr(run.model.text, "pad_id", -1)).long()
     for ours, theirs, what in (
         (run.model.encode_image(images), dual.get_image_features(images), "image"),
         (run.model.encode_text(ids), dual.get_text_features(ids, mask), "text"),
     ):
-        formats.require_same(ours["feature"], theirs.pooler_output, f"{what} tower, transformers")
+        writing.require_same(ours["feature"], theirs.pooler_output, f"{what} tower, transformers")

@@ -1,73 +1,20 @@
-"""Weights of open_clip and OpenAI CLIP under our names, and back."""
+"""Names of weights: open_clip's and OpenAI CLIP's as ours, and ours as open_clip's."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from timm.models import byobnet, vision_transformer
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-import models
-from loaders.errors import ConfigError, DataError
-from models import open_clip_config
-from models.official_unicl import TEXT_NAMES
+from loaders.errors import DataError
+from models.formats import openai_clip
+from models.formats.official_unicl import TEXT_NAMES
 from models.two_tower import TwoTower
 
 State = dict[str, Tensor]
-
-
-def build(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> TwoTower:
-    """The model of an open_clip configuration with the weights of `state`.
-
-    Args:
-        state: names of open_clip's CLIP or CustomTextCLIP, or of OpenAI's CLIP.
-        config: from `open_clip_config.read_config` or `openai_config`.
-        folder: where the configuration and tokenizer files lie, for messages.
-
-    Returns:
-        The model in evaluation mode, float32, on the CPU; its `cfg` holds the image statistics of
-        `preprocess_cfg`, or CLIP's.
-
-    Raises:
-        DataError: a part that our towers cannot express, or weights that do not fit; both named.
-    """
-    cfg = open_clip_config.model_config(config, folder)
-    try:
-        model = models.build(cfg)
-    except ConfigError as error:
-        raise DataError(f"{folder}: this model cannot be built here: {error}") from error
-    if cfg.text.name == "transformer":
-        set_text_details(model.text, *open_clip_config.text_details(config))
-    vision = config["model_cfg"]["vision_cfg"]
-    pool = vision.get("timm_pool", "avg") if vision.get("timm_model_name") else ""
-    if pool:
-        # After construction, as open_clip/timm_model.py does: a ViT keeps its norm before pooling.
-        model.image.trunk.reset_classifier(0, global_pool=pool)
-    # OpenAI's are in half precision, in which nothing should be computed.
-    wide = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
-    try:
-        converted = from_open_clip(wide, model)
-    except KeyError as error:
-        raise DataError(f"{folder}: the weights have no {error}") from error
-    _load(model, converted, folder)
-    return model.eval()
-
-
-def set_text_details(tower: nn.Module, activation: str, eps: float) -> None:
-    """Give a text transformer another project's activation and LayerNorm epsilon, in place.
-
-    The `model:` section has no key for either: `models.text_transformer` fixes UniCL's.
-    """
-    for module in tower.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps
-        if hasattr(module, "activation_fn"):
-            module.activation_fn = ACT2FN[activation]
 
 
 def from_open_clip(state: Mapping[str, Tensor], model: TwoTower) -> State:
@@ -81,7 +28,7 @@ def from_open_clip(state: Mapping[str, Tensor], model: TwoTower) -> State:
         DataError: see `_fold_bias`.
     """
     image = {name: value for name, value in state.items() if name.startswith("visual.")}
-    others = {*image, *open_clip_config.OPENAI_SIZES}
+    others = {*image, *openai_clip.SIZES}
     text = {name: value for name, value in state.items() if name not in others}
     converted = {"logit_scale": text.pop("logit_scale")}
     trunk, converted["image_projection.weight"] = _image_state(image, model.image.trunk)
@@ -97,6 +44,27 @@ def from_open_clip(state: Mapping[str, Tensor], model: TwoTower) -> State:
         encoder = text_from_clip(text)
     converted |= {f"image.trunk.{name}": value for name, value in trunk.items()}
     return converted | {f"text.encoder.{name}": value for name, value in encoder.items()}
+
+
+def to_open_clip(model: TwoTower, trunk: Mapping[str, Tensor]) -> State:
+    """A model's weights under the names of open_clip's CustomTextCLIP with a timm image tower.
+
+    Args:
+        trunk: the image trunk's, with the shapes that timm gives them.
+    """
+    encoder = model.text.encoder.state_dict()
+    if model.cfg.text.name == "hf":
+        text = {f"transformer.{name}": value for name, value in encoder.items()}
+        text["proj.weight"] = model.text_projection.weight
+    else:
+        text = text_to_clip(encoder) | {"text_projection": model.text_projection.weight.T}
+    return {
+        **{f"visual.trunk.{name}": value for name, value in trunk.items()},
+        "visual.head.proj.weight": model.image_projection.weight,
+        **{f"text.{name}": value for name, value in text.items()},
+        # open_clip knows no bound: store the value as it acts, and 0-D as open_clip has it.
+        "logit_scale": model.scale().log().reshape(()),
+    }
 
 
 def text_from_clip(state: Mapping[str, Tensor]) -> State:
@@ -173,30 +141,3 @@ def _fold_bias(weight: Tensor, bias: Tensor, value_bias: Tensor) -> Tensor:
             f"(rank below {len(bias)}), and our projections have none"
         )
     return value_bias + solution[:, 0].float()
-
-
-def _load(model: TwoTower, converted: State, folder: Path) -> None:
-    target = model.state_dict()
-    shaped = {
-        name: value.reshape(target[name].shape)
-        if name in target and value.numel() == target[name].numel() == 1
-        else value
-        for name, value in converted.items()
-    }
-    wrong = [
-        f"{name} (has {tuple(value.shape)}, needed {tuple(target[name].shape)})"
-        for name, value in shaped.items()
-        if name in target and value.shape != target[name].shape
-    ]
-    problems = {
-        "missing": sorted(set(target) - set(shaped)),
-        "unexpected": sorted(set(shaped) - set(target)),
-        "wrong shape": wrong,
-    }
-    listing = [f"{reason}: {', '.join(names)}" for reason, names in problems.items() if names]
-    if listing:
-        raise DataError(
-            f"{folder}: the weights do not fit the configuration (names are ours). "
-            + "; ".join(listing)
-        )
-    model.load_state_dict(shaped)

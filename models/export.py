@@ -1,0 +1,89 @@
+"""Export the model of a run to the formats of other libraries.
+
+    python -m models.export --checkpoint RUN --format open_clip --output DIR
+
+Reads the whole weights that every checkpoint holds, whatever its ZeRO stage, as float32. What can
+be reloaded here is reloaded, and its features are compared, before the command succeeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a file: Python put models/ first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from loaders.errors import ConfigError, run_cli
+from loaders.specs import as_path
+
+if TYPE_CHECKING:
+    from models.loaded_run import LoadedRun
+
+FORMATS = ("pt", "safetensors", "open_clip", "hf", "timm")
+
+
+def writer(format_name: str) -> Callable[[LoadedRun, Path], str]:
+    """What writes one of `FORMATS` into an empty folder, and returns the Python that loads it."""
+    # Imports are late so that --help and a wrong flag answer at once.
+    from models.formats import hugging_face, open_clip, plain, timm_image
+
+    return {
+        "pt": plain.write_pt,
+        "safetensors": plain.write_safetensors,
+        "open_clip": open_clip.write,
+        "hf": hugging_face.write,
+        "timm": timm_image.write,
+    }[format_name]
+
+
+def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
+    """Write the model of a run or checkpoint folder into the new folder `output`.
+
+    Returns:
+        The line of Python that loads it.
+
+    Raises:
+        ConfigError: `output` holds files already, or the format cannot express the model; the
+            message names the part. Nothing is left behind then.
+        DataError: the checkpoint cannot be read.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output {folder} exists and is not an empty folder; name a new one")
+    from models import weights
+
+    run, write = weights.load_run(checkpoint), writer(format_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return write(run, folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m models.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", type=as_path, required=True, help="run or checkpoint folder"
+    )
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument(
+        "--output", type=as_path, required=True, metavar="DIR", help="new or empty folder"
+    )
+    arguments = parser.parse_args(argv)
+    how = export(arguments.checkpoint, arguments.format, arguments.output)
+    print(f"{arguments.output}: {arguments.format}, load it with\n  {how}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
