@@ -34,7 +34,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _WRAPPED = """
 import sys
 from pathlib import Path
-from data_prep import img2ds
+from data_prep.download import img2ds
 options = img2ds.Options(
     processes=int(sys.argv[2]), threads=int(sys.argv[3]), allow_private_addresses=True
 )
