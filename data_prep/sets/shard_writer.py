@@ -9,7 +9,9 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -44,6 +46,23 @@ def permutation(count: int, seed: int) -> np.ndarray:
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         value ^= value >> np.uint64(31)
     return np.argsort(value, kind="stable").astype(np.int64)
+
+
+def plan(
+    count: int, samples_per_shard: int, identity: Mapping[str, Any], **about: Any
+) -> set_folder.Preparation:
+    """The preparation of `count` samples that are at hand, begun today.
+
+    `about`: tool, name, kind, source, license and extra of the set.
+    """
+    return set_folder.Preparation(
+        **about,
+        date=date.today().isoformat(),
+        shards=-(-count // samples_per_shard),
+        samples_per_shard=samples_per_shard,
+        attempted=count,
+        identity={**identity, "samples_per_shard": samples_per_shard},
+    )
 
 
 def write_shards(
