@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.checks.closing import ranges
 from data_prep.sets import set_folder
 from data_prep.sets.shard_writer import permutation, write_shards
-from data_prep.verify import ranges, verify
+from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
 from tests.data_prep.verify_parts import REPOSITORY, SIZE, begin, make, members, put, run
