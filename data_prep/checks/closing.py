@@ -13,7 +13,7 @@ BAD_SAMPLES = "bad_samples.tsv"
 
 
 def remove_empty_tars(out: Path, results: dict[int, dict]) -> None:
-    """Remove tars without a sample: readers that are given a range of tars refuse them."""
+    """Remove tars without a sample, as `set_folder.publish` does: readers refuse them."""
     for shard, result in results.items():
         if not result["samples"]:
             (out / set_folder.SHARDS / f"{set_folder.shard_name(shard)}.tar").unlink(

@@ -186,9 +186,9 @@ def missing(out: Path, part: int = 0, parts: int = 1) -> list[int]:
 def publish(out: Path, shard: int, stage: Path) -> None:
     """Move a complete shard from the folder `stage` to `shards/`, its statistics last.
 
-    A tar without a sample is dropped: readers that are given a range of tars refuse it. Every
-    file is flushed to disk before it gets its name. A shard that is already finished is kept, and
-    the new copy dropped.
+    A tar without a sample is dropped: our index refuses it, and so does Hugging Face's `datasets`
+    where it is the first. Every file is flushed to disk before it gets its name. A
+    shard that is already finished is kept, and the new copy dropped.
     """
     names = [f"{shard_name(shard)}{end}" for end in (".parquet", ".tar", "_stats.json")]
     _drop_empty_tar(stage / names[1], stage / names[2])
