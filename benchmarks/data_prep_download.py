@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks import harness
-from data_prep.download import img2ds, url_list
+from data_prep.download import url_list
 from data_prep.download.list_rows import Row
+from data_prep.download.options import Options, identity
 from data_prep.sets import set_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -34,8 +35,9 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _WRAPPED = """
 import sys
 from pathlib import Path
-from data_prep import img2ds
-options = img2ds.Options(
+from data_prep.download import img2ds
+from data_prep.download.options import Options
+options = Options(
     processes=int(sys.argv[2]), threads=int(sys.argv[3]), allow_private_addresses=True
 )
 img2ds.download(Path(sys.argv[1]), 0, 1, options)
@@ -114,7 +116,7 @@ def _write_list(out: Path, address: str, count: int, size: int) -> None:
             shards=-(-count // size),
             samples_per_shard=size,
             attempted=count,
-            identity=img2ds.identity(img2ds.Options(), size),
+            identity=identity(Options(), size),
         ),
     )
 
@@ -126,7 +128,7 @@ def _run_wrapper(out: Path, count: int, size: int, processes: int, threads: int,
 
 def _run_bare(out: Path, count: int, size: int, processes: int, threads: int, path: str):
     """img2dataset's own command with the parameters that the wrapper gives it."""
-    options = img2ds.Options()
+    options = Options()
     flags = {
         "url_list": out / set_folder.LIST,
         "input_format": "parquet",

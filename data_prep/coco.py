@@ -18,8 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.archives import karpathy
+from data_prep.archives import image_list, karpathy
 from data_prep.archives.image_source import image_extension
+from data_prep.sets import arguments as set_arguments
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
@@ -46,7 +47,6 @@ INSTANCES = {
 FIELDS = ("id", "category_id", "bbox", "segmentation", "area", "iscrowd")
 ABOUT = {
     "tool": "data_prep/coco.py",
-    "kind": "image_text",
     "license": "annotations CC BY 4.0 (cocodataset.org); images under the terms of Flickr",
 }
 
@@ -56,33 +56,18 @@ def prepare_captions(arguments: argparse.Namespace) -> None:
     split = arguments.split
     splits = ("train", "restval") if split == TRAIN_RESTVAL else (split,)
     found = karpathy.read_split(arguments.karpathy, "coco", splits)
-    what, expected = f"{arguments.karpathy}: split {split}", arguments.expected_images
-    if expected is None:
-        expected = sum(SPLITS[part][0] for part in splits)
-        captions = sum(SPLITS[part][1] for part in splits)
-        karpathy.check_count(f"{what}, captions", found.captions, captions)
-    karpathy.check_count(f"{what}, images", len(found.images), expected)
+    images, captions = (sum(SPLITS[part][i] for part in splits) for i in range(2))
+    if arguments.expected_images is not None:
+        images, captions = arguments.expected_images, found.captions
+    karpathy.check_counts(arguments.karpathy, split, found, images, captions)
     limit = arguments.captions_per_image
-    images = karpathy.keep_captions(found.images, None if limit == "all" else int(limit))
-    kept = sum(len(image.captions) for image in images)
-    print(f"{len(images)} images, {kept} captions; {found.empty} without text left out")
-    preparation = {
+    about = {
         **ABOUT,
         "name": arguments.name or f"coco_captions_karpathy_{split}",
         "source": "COCO 2014 (cocodataset.org), splits of Karpathy and Li 2015",
-        "identity": {
-            "karpathy_sha256": found.sha256,
-            "split": split,
-            "captions_per_image": limit,
-        },
-        "extra": karpathy.caption_facts(kept, found.empty),
     }
-    karpathy.write_set(
-        arguments,
-        preparation,
-        [image.path for image in images],
-        lambda i, data: karpathy.caption_members(images[i], data),
-    )
+    count = None if limit == "all" else int(limit)
+    karpathy.write(arguments, about, found, count, {"captions_per_image": limit})
 
 
 def prepare_instances(arguments: argparse.Namespace) -> None:
@@ -92,7 +77,7 @@ def prepare_instances(arguments: argparse.Namespace) -> None:
     only, and image_label asks for one class a sample, which an image of many objects has not.
     """
     path = arguments.annotations
-    content, digest = karpathy.read_json(path)
+    content, digest = image_list.read_json(path)
     images, categories = read_instances(path, content)
     expected = arguments.expected_images
     if expected is None:
@@ -102,10 +87,10 @@ def prepare_instances(arguments: argparse.Namespace) -> None:
                 "--expected-images"
             )
         expected = INSTANCES[path.stem]
-    karpathy.check_count(f"{path}, images", len(images), expected)
+    image_list.check_count(f"{path}, images", len(images), expected)
     bare = sum(not image["annotations"] for image in images)
     print(f"{len(images)} images, {bare} of them without annotations")
-    preparation = {
+    about = {
         **ABOUT,
         "name": arguments.name or f"coco_{path.stem}",
         "source": f"COCO (cocodataset.org), {path.name}",
@@ -117,9 +102,9 @@ def prepare_instances(arguments: argparse.Namespace) -> None:
             "annotated_objects": sum(len(image["annotations"]) for image in images),
         },
     }
-    karpathy.write_set(
+    image_list.write(
         arguments,
-        preparation,
+        about,
         [image["file_name"] for image in images],
         lambda i, data: {
             image_extension(data): data,
@@ -185,8 +170,9 @@ def main() -> None:
         "(default: 5)",
     )
     parser.add_argument("--annotations", type=as_path, help="instances: instances_*.json")
-    karpathy.add_arguments(parser)
+    image_list.add_arguments(parser)
     arguments = parser.parse_args()
+    set_arguments.check(arguments)
     own = {"captions": ("karpathy", "split"), "instances": ("annotations",)}
     absent = [key for key in own[arguments.task] if getattr(arguments, key) is None]
     others = {

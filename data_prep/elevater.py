@@ -12,7 +12,6 @@ data_prep/elevater_sets.yaml.
 
 # ruff: noqa: E402  (started as a script, the repository must be put on the path first)
 import argparse
-import datetime
 import hashlib
 import json
 import sys
@@ -26,10 +25,11 @@ sys.path.insert(0, str(REPOSITORY))
 
 from data_prep.archives.elevater_sources import Source, open_source, shard_image
 from data_prep.archives.elevater_targets import ClassTable
+from data_prep.sets import arguments as set_arguments
 from data_prep.sets import set_folder
-from data_prep.sets.shard_writer import write_shards
+from data_prep.sets.shard_writer import plan, write_shards
 from loaders.errors import ConfigError, DataError, run_cli
-from loaders.specs import as_path, local
+from loaders.specs import local
 
 SETS = Path(__file__).with_name("elevater_sets.yaml")
 PROMPTS = REPOSITORY / "prompts" / "elevater"
@@ -84,9 +84,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     if row["sizes"][split] is None:
         has = ", ".join(name for name in SPLITS if row["sizes"][name] is not None)
         raise ConfigError(f"{row['title']} has no split {split} in ELEVATER; it has {has}")
-    if arguments.samples_per_shard < 1:
-        raise ConfigError("--samples-per-shard must be at least 1")
-    set_folder.check_part(arguments.part, arguments.parts)
+    set_arguments.check(arguments)
     prompts_file = PROMPTS / f"{arguments.set}.json"
     prompts = json.loads(prompts_file.read_text(encoding="utf-8"))
     texts = [entry["names"][0] for entry in prompts["classes"]]
@@ -95,21 +93,18 @@ def prepare(arguments: argparse.Namespace) -> None:
     labels = class_ids(source, table, prompts["multilabel"])
     check_count(row, split, len(labels), arguments.expected_images)
     digest = hashlib.sha256(prompts_file.read_bytes()).hexdigest()
-    size = arguments.samples_per_shard
     set_folder.begin(
         arguments.out,
-        set_folder.Preparation(
+        plan(
+            len(labels),
+            arguments.samples_per_shard,
+            {"input_sha256": source.digest},
             tool="data_prep/elevater.py",
             name=f"{arguments.set}-{split}",
             # An image_label set has one label per image.
             kind="image_text" if prompts["multilabel"] else "image_label",
             source=f"{row['title']}, split {split} of ELEVATER, from {source.what}",
             license=f"terms of the data set{': ' + row['url'] if row['url'] else ''}",
-            date=datetime.date.today().isoformat(),
-            shards=-(-len(labels) // size),
-            samples_per_shard=size,
-            attempted=len(labels),
-            identity={"input_sha256": source.digest, "samples_per_shard": size},
             extra={
                 "elevater_id": arguments.set,
                 "split": split,
@@ -150,10 +145,8 @@ def main() -> None:
     parser.add_argument(
         "--root", type=local, required=True, help="folder, or for hf the id of a repository"
     )
-    parser.add_argument("--out", type=as_path, required=True)
-    parser.add_argument("--samples-per-shard", type=int, default=5000, help="default: 5000")
     parser.add_argument("--expected-images", type=int, help="default: ELEVATER's number")
-    set_folder.add_part_arguments(parser)
+    set_arguments.add_arguments(parser, samples_per_shard=5000)
     prepare(parser.parse_args())
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.archives import karpathy
+from data_prep.archives import image_list, karpathy
+from data_prep.sets import arguments as set_arguments
 from loaders.errors import run_cli
 from loaders.specs import as_path
 
@@ -23,36 +24,20 @@ SPLITS = {"train": 29_000, "val": 1_014, "test": 1_000}
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Write a split as an image_text set. Raises `DataError` for a count that differs."""
-    path, split, count = arguments.karpathy, arguments.split, karpathy.CAPTIONS_PER_IMAGE
+    path, split = arguments.karpathy, arguments.split
     found = karpathy.read_split(path, "flickr30k", (split,))
     expected = arguments.expected_images
-    karpathy.check_count(
-        f"{path}: split {split}, images",
-        len(found.images),
-        SPLITS[split] if expected is None else expected,
-    )
-    karpathy.check_count(
-        f"{path}: split {split}, captions", found.captions, count * len(found.images)
-    )
-    images = karpathy.keep_captions(found.images, None)
-    kept = sum(len(image.captions) for image in images)
-    print(f"{len(images)} images, {kept} captions; {found.empty} without text left out")
-    preparation = {
+    images = SPLITS[split] if expected is None else expected
+    captions = karpathy.CAPTIONS_PER_IMAGE * len(found.images)
+    karpathy.check_counts(path, split, found, images, captions)
+    about = {
         "tool": "data_prep/flickr30k.py",
         "name": arguments.name or f"flickr30k_karpathy_{split}",
-        "kind": "image_text",
         "source": "Flickr30k (Young et al., TACL 2014), splits of Karpathy and Li 2015",
         # README of Flickr30k Entities (BryanPlummer/flickr30k_entities)
         "license": "non-commercial research and education; images under the terms of Flickr",
-        "identity": {"karpathy_sha256": found.sha256, "split": split},
-        "extra": karpathy.caption_facts(kept, found.empty),
     }
-    karpathy.write_set(
-        arguments,
-        preparation,
-        [image.path for image in images],
-        lambda i, data: karpathy.caption_members(images[i], data),
-    )
+    karpathy.write(arguments, about, found, None, identity={})
 
 
 def main() -> None:
@@ -61,8 +46,10 @@ def main() -> None:
     )
     parser.add_argument("--karpathy", type=as_path, required=True, help="dataset_flickr30k.json")
     parser.add_argument("--split", choices=tuple(SPLITS), required=True)
-    karpathy.add_arguments(parser)
-    prepare(parser.parse_args())
+    image_list.add_arguments(parser)
+    arguments = parser.parse_args()
+    set_arguments.check(arguments)
+    prepare(arguments)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.download import img2ds, url_list
+from data_prep.download import list_set, url_list
 from data_prep.download.list_input import read_lines
 from data_prep.download.list_rows import NOT_UTF8, Notes, Rejected, Row, editor_line
-from data_prep.sets import set_folder
 from loaders.errors import DataError, run_cli
 from loaders.specs import as_path
 
@@ -159,44 +157,25 @@ def main() -> None:
         help="published list; may be repeated",
     )
     parser.add_argument("--dataset", choices=DATASETS, help="default: by the order of the columns")
-    parser.add_argument("--out", type=as_path, required=True, help="folder of the set")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000)
-    set_folder.add_part_arguments(parser)
-    img2ds.add_arguments(parser)
+    list_set.add_arguments(parser)
     arguments = parser.parse_args()
-    set_folder.check_part(arguments.part, arguments.parts)
-    options = img2ds.options(arguments)
-    size = arguments.samples_per_shard
+    options = list_set.check(arguments)
     key = find_dataset(arguments.tsv, arguments.dataset)
     published = DATASETS[key]
-    img2ds.check_out(arguments.out)
     index = url_list.build(
         arguments.out,
         lambda notes: read_pairs(arguments.tsv, published.url_first, notes),
         arguments.tsv,
         {"dataset": key},
-        size,
+        arguments.samples_per_shard,
     )
-    preparation = set_folder.Preparation(
-        tool="data_prep/gcc.py",
-        name=key,
-        kind="image_text",
-        source=f"{published.source}; file {index['input']}, sha256 {index['input_sha256']}",
-        license=_TERMS.format(repository=published.repository),
-        date=date.today().isoformat(),
-        shards=url_list.shard_count(index, size),
-        samples_per_shard=size,
-        attempted=index["rows"],
-        identity={
-            "list_sha256": url_list.digest(arguments.out),
-            **img2ds.identity(options, size),
-        },
-        extra={"list": {what: index[what] for what in url_list.SUMMARY}},
-    )
-    set_folder.begin(arguments.out, preparation)
-    print(url_list.describe(index, arguments.part, arguments.parts))
-    img2ds.download(arguments.out, arguments.part, arguments.parts, options)
-    print(f"next: python data_prep/verify.py {arguments.out}")
+    about = {
+        "tool": "data_prep/gcc.py",
+        "name": key,
+        "source": published.source,
+        "license": _TERMS.format(repository=published.repository),
+    }
+    list_set.download(arguments, options, index, about, identity={}, stated={}, extra={})
 
 
 if __name__ == "__main__":

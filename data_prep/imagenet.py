@@ -11,31 +11,24 @@ label of a class is its rank among the 1000 sorted WNIDs. Images keep their byte
 --parts N` makes one of N shares of the shards. After a kill the same command makes what is missing.
 """
 
-# ruff: noqa: E402  (started as a script, the repository must be put on the path first)
 import argparse
 import hashlib
-import json
 import sys
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.archives import imagenet_devkit
-from data_prep.archives.image_table import Images, sample_reader
+from data_prep.archives import imagenet_devkit, imagenet_set
+from data_prep.archives.image_table import Images
 from data_prep.archives.nested_tar import open_images
-from data_prep.sets import set_folder
-from data_prep.sets.shard_writer import permutation, write_shards
+from data_prep.sets import arguments as set_arguments
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
-CLASSES = REPOSITORY / "prompts" / "imagenet1k.json"
 SOURCE = "ImageNet, ILSVRC2012 (https://image-net.org)"
-LICENSE = "ImageNet terms of access: non-commercial research and education; images of their owners"
 COUNTS = {"train": 1_281_167, "val": 50_000}
 MD5 = {  # torchvision 0.29, torchvision/datasets/imagenet.py
     "train": "1d675b47d978889d74fa0da5fadfb00e",
@@ -43,12 +36,6 @@ MD5 = {  # torchvision 0.29, torchvision/datasets/imagenet.py
     "devkit": "fa75699e90414af021442c21a62c3abf",
 }
 ORIGIN = {"train": "train/{synset}/{name}", "val": "val/{name}"}  # of an image, in its json
-SEED = 0
-
-
-def read_classes() -> list[dict]:
-    """Class table of ImageNet-1K: 1000 dicts with id, synset, names, by sorted WNID."""
-    return json.loads(CLASSES.read_text(encoding="utf-8"))["classes"]
 
 
 def check_groups(images: Images, source: Path, table: list[dict]) -> None:
@@ -171,11 +158,10 @@ def check_md5(path: Path, expected: str) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `ConfigError` for options that do not fit together, `DataError` for no such file."""
-    set_folder.check_part(args.part, args.parts)
+    set_arguments.check(args)
     for wrong, what in (
         (args.devkit and args.split == "train", "--devkit holds the labels of --split val only"),
         (args.check_md5 and args.folder, "--check-md5 compares the official archive: name --tar"),
-        (args.samples_per_shard < 1, "--samples-per-shard must be at least 1"),
         (args.tar and args.tar.is_dir(), f"--tar {args.tar}: a folder; name it with --folder"),
         (args.folder and args.folder.is_file(), f"--folder {args.folder}: a file; say --tar"),
     ):
@@ -188,7 +174,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Check the source, then write the missing shards of this part."""
-    source, table = args.tar or args.folder, read_classes()
+    source, table = args.tar or args.folder, imagenet_set.read_classes()
     if args.check_md5:
         check_md5(args.tar, MD5[args.split])
         if args.devkit is not None:
@@ -203,35 +189,21 @@ def prepare(args: argparse.Namespace) -> None:
         )
     if images.ignored:
         print(f"files without the name of an image are left out: {', '.join(images.ignored)}")
-    size = args.samples_per_shard
-    preparation = set_folder.Preparation(
+    imagenet_set.write(
+        args,
+        images,
+        order,
+        labels,
+        table,
+        ORIGIN[args.split],
         tool="data_prep/imagenet.py",
         name=f"imagenet1k_{args.split}",
-        kind="image_label",
         source=SOURCE,
-        license=LICENSE,
-        date=date.today().isoformat(),
-        shards=-(-len(images) // size),
-        samples_per_shard=size,
-        attempted=len(images),
         identity={
-            "images_sha256": images.digest,
-            "labels_sha256": hashlib.sha256(labels[order].astype("<i4").tobytes()).hexdigest(),
-            "seed": SEED,
-            "samples_per_shard": size,
+            "labels_sha256": hashlib.sha256(labels[order].astype("<i4").tobytes()).hexdigest()
         },
         extra={"split": args.split},
     )
-    set_folder.begin(args.out, preparation, table)
-    read = sample_reader(images, labels, [entry["synset"] for entry in table], ORIGIN[args.split])
-    write_shards(args.out, order[permutation(len(images), SEED)], read, args.part, args.parts)
-
-
-def say_next(out: Path) -> None:
-    """Print what is missing, and the command that closes the set."""
-    if left := len(set_folder.missing(out)):
-        print(f"{left} shards of other parts are not finished yet; when they are,")
-    print(f"next: python data_prep/verify.py {out}")
 
 
 def main() -> None:
@@ -243,15 +215,12 @@ def main() -> None:
     source.add_argument("--tar", type=as_path, help="ILSVRC2012_img_train.tar or …_val.tar")
     source.add_argument("--folder", type=as_path, help="the same unpacked")
     parser.add_argument("--devkit", type=as_path, help="ILSVRC2012_devkit_t12.tar.gz, for val")
-    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
-    parser.add_argument("--samples-per-shard", type=int, default=2000, help="default: 2000")
     parser.add_argument("--expected-images", type=int, help="default: that of ILSVRC2012")
     parser.add_argument("--check-md5", action="store_true", help="compare the archives first")
-    set_folder.add_part_arguments(parser)
+    set_arguments.add_arguments(parser, samples_per_shard=2000)
     args = parser.parse_args()
     check_arguments(args)
     prepare(args)
-    say_next(args.out)
 
 
 if __name__ == "__main__":

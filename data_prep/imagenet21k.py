@@ -10,22 +10,19 @@ the sorted WNIDs that have images, class names the words of WordNet 3.0. Images 
 After a kill the same command makes what is missing.
 """
 
-# ruff: noqa: E402  (started as a script, the repository must be put on the path first)
 import argparse
 import sys
-from datetime import date
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+import numpy as np
 
-from data_prep.archives import wordnet
-from data_prep.archives.image_table import Images, sample_reader
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_prep.archives import imagenet_set, wordnet
+from data_prep.archives.image_table import Images
 from data_prep.archives.nested_tar import open_images
-from data_prep.imagenet import LICENSE, read_classes, say_next
-from data_prep.sets import set_folder
-from data_prep.sets.shard_writer import permutation, write_shards
-from loaders.errors import ConfigError, DataError, run_cli
+from data_prep.sets import arguments as set_arguments
+from loaders.errors import DataError, run_cli
 from loaders.specs import as_path
 
 # Classes: Alibaba-MIIL/ImageNet21K issue 16. Which release is the paper's: its Table 1 has 21,841
@@ -44,7 +41,6 @@ NOTES = {
     "fall11": "the release of the UniCL paper's ImageNet-22K",
     "winter21": "not ImageNet-22K of the UniCL paper (that is fall11): 2,674 classes fewer",
 }
-SEED = 0
 
 
 def check_groups(images: Images, source: Path) -> list[str]:
@@ -102,7 +98,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Check and count the source, then write the missing shards of this part."""
     images = open_images(args.archive, args.out)
     present = check_groups(images, args.archive)
-    in1k = {entry["synset"] for entry in read_classes()}
+    in1k = {entry["synset"] for entry in imagenet_set.read_classes()}
     found = sorted(in1k.intersection(present))
     count = dict(zip(images.groups, images.counts().tolist(), strict=True))
     facts = {
@@ -122,34 +118,24 @@ def prepare(args: argparse.Namespace) -> None:
         raise DataError(f"{args.archive}: no class is left")
     images = images.only(chosen)
     check_counts(args, facts, {"classes": len(chosen), "images": len(images)})
-    size = args.samples_per_shard
-    preparation = set_folder.Preparation(
+    name = NAMES[args.release, args.exclude_in1k]
+    print(f"{name}: {len(chosen)} classes, {len(images)} images")
+    imagenet_set.write(
+        args,
+        images,
+        np.arange(len(images)),
+        images.rows["group"],
+        [
+            {"id": label, "synset": synset, "names": list(wordnet.names(synset))}
+            for label, synset in enumerate(chosen)
+        ],
+        "{synset}/{name}",
         tool="data_prep/imagenet21k.py",
-        name=NAMES[args.release, args.exclude_in1k],
-        kind="image_label",
+        name=name,
         source=f"ImageNet, release {args.release} (https://image-net.org)",
-        license=LICENSE,
-        date=date.today().isoformat(),
-        shards=-(-len(images) // size),
-        samples_per_shard=size,
-        attempted=len(images),
-        identity={
-            "images_sha256": images.digest,
-            "release": args.release,
-            "exclude_in1k": args.exclude_in1k,
-            "seed": SEED,
-            "samples_per_shard": size,
-        },
+        identity={"release": args.release, "exclude_in1k": args.exclude_in1k},
         extra=facts,
     )
-    table = [
-        {"id": label, "synset": synset, "names": list(wordnet.names(synset))}
-        for label, synset in enumerate(chosen)
-    ]
-    set_folder.begin(args.out, preparation, table)
-    print(f"{preparation.name}: {len(chosen)} classes, {len(images)} images")
-    read = sample_reader(images, images.rows["group"], chosen, "{synset}/{name}")
-    write_shards(args.out, permutation(len(images), SEED), read, args.part, args.parts)
 
 
 def main() -> None:
@@ -165,17 +151,12 @@ def main() -> None:
         "--expected-classes", type=int, help="to write; default: all of the release"
     )
     parser.add_argument("--expected-images", type=int, help="to write; default: all of the release")
-    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="default: 10000")
-    set_folder.add_part_arguments(parser)
+    set_arguments.add_arguments(parser, samples_per_shard=10_000)
     args = parser.parse_args()
-    set_folder.check_part(args.part, args.parts)
-    if args.samples_per_shard < 1:
-        raise ConfigError("--samples-per-shard must be at least 1")
+    set_arguments.check(args)
     if not args.archive.exists():
         raise DataError(f"{args.archive}: no such file or folder")
     prepare(args)
-    say_next(args.out)
 
 
 if __name__ == "__main__":

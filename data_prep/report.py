@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.checks import concepts
 from data_prep.checks.report_collect import Source, collect, iterate_captions, open_source
-from data_prep.checks.report_figures import draw
 from data_prep.sets import set_folder
 from loaders.errors import run_cli
 from loaders.specs import as_path
@@ -81,6 +80,8 @@ def report(outs: list[Path], model: str | None, workers: int, output: Path) -> l
 
     Raises `DataError` if a folder is no data set, is damaged, or the model cannot be loaded.
     """
+    from data_prep.checks.report_figures import draw  # here: --help need not load matplotlib
+
     if model:
         concepts.load(model)  # it may not be there, and that is better said at once
     sets = []

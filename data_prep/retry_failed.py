@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_prep.download import img2ds, url_list
+from data_prep.download import img2ds, options, url_list
 from data_prep.download.reasons import FAILURES, SUCCESS, TEMPORARY, reason_group
 from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError, run_cli
@@ -124,11 +124,12 @@ def main() -> None:
         default=list(TEMPORARY),
         help=f"reason groups to try again, or {ALL} (default: {', '.join(TEMPORARY)})",
     )
-    img2ds.add_network_arguments(parser)
+    options.add_network_arguments(parser)
     arguments = parser.parse_args()
     out, reasons = arguments.folder, check_reasons(arguments.reasons)
     preparation = set_folder.load(out)
-    options = img2ds.options(arguments, **img2ds.from_identity(preparation.identity))
+    same = options.from_identity(preparation.identity)
+    fetching = options.read(arguments, **same)
     base = url_list.base_shards(out)
     _plan_appended(out)  # a kill may have come between the list and the plan
     missing = set_folder.missing(out)
@@ -143,7 +144,7 @@ def main() -> None:
         print(f"{out}: no failed row of these groups: nothing to try again")
         return
     missing = set_folder.missing(out)
-    img2ds.fetch(out, 0, 1, options)
+    img2ds.fetch(out, 0, 1, fetching)
     img2ds.summarise(out, missing)
     print(f"next: python data_prep/verify.py {out}")
 

@@ -11,32 +11,27 @@ written.
 """
 
 import argparse
-import json
 import os
-import re
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_prep.checks import closing
+from data_prep.checks.quarantine import quarantine, quarantine_unfinished
 from data_prep.checks.verify_lock import alone
 from data_prep.checks.verify_pool import check_all
-from data_prep.checks.verify_shard import LABEL_FAULT, RESULTS, Task, kept_result
+from data_prep.checks.verify_shard import Task, kept_result
 from data_prep.sets import set_folder
 from loaders.errors import DataError, run_cli
-from loaders.manifest import ShardInfo, write_manifest
 from loaders.specs import as_path
-
-BAD_SAMPLES = "bad_samples.tsv"
-REASON = "reason.txt"
 
 
 @dataclass
 class Summary:
-    """What a run of `verify` found. Lists hold shard numbers."""
+    """What a run of `verify` found."""
 
     shards: int = 0
     samples: int = 0
@@ -76,7 +71,7 @@ def verify(
     start = time.monotonic()
     preparation = set_folder.load(out)
     with alone(out):
-        lost = _quarantine_unfinished(out)
+        lost = quarantine_unfinished(out)
         kind, classes = preparation.kind, len(set_folder.load_classes(out))
         tasks = [
             Task(out, shard, int(stats["successes"]), kind, classes, decode)
@@ -92,16 +87,16 @@ def verify(
                 lost[shard] = result["fault"]
                 quarantine(out, shard, result["fault"])
         results = dict(sorted(results.items()))
-        _remove_empty_tars(out, results)
-        _list_bad_samples(out, results)
+        closing.remove_empty_tars(out, results)
+        closing.list_bad_samples(out, results)
         missing = set_folder.missing(out)
         if missing and not allow_missing:
-            raise _missing_shards(out, preparation, missing, lost)
+            raise closing.missing_shards(out, preparation, missing, lost)
         for shard, reason in lost.items():
             print(f"quarantined shard {set_folder.shard_name(shard)}: {reason}")
         if set_folder.load(out) != preparation or set(set_folder.finished(out)) != set(results):
             raise DataError(f"{out}: shards were added while verify.py ran; run it again")
-        _close(out, preparation, results, missing)
+        closing.close(out, preparation, results, missing)
     good = [result for shard, result in fresh.items() if shard in results]
     return Summary(
         shards=sum(result["samples"] > 0 for result in results.values()),
@@ -112,145 +107,6 @@ def verify(
         decoded=sum(result["decoded"] for result in good),
         wall_seconds=time.monotonic() - start,
         core_seconds=sum(result["seconds"] for result in good),
-    )
-
-
-def quarantine(out: Path, shard: int, reason: str) -> Path:
-    """Move the files of a shard to D/quarantine/NNNNN/ (or NNNNN.1, .2, …) with the reason.
-
-    The tar goes first: from then on the shard counts as missing, whatever happens.
-    """
-    set_folder.reopen(out)
-    name, number = set_folder.shard_name(shard), 0
-    place = out / set_folder.QUARANTINE / name
-    while place.exists():
-        number += 1
-        place = place.with_name(f"{name}.{number}")
-    place.mkdir(parents=True)
-    (place / REASON).write_text(f"{reason}\n", encoding="utf-8", errors="surrogateescape")
-    for end in (".tar", ".parquet", "_stats.json"):
-        path = out / set_folder.SHARDS / f"{name}{end}"
-        if path.is_symlink():  # of an imported set; moved as it is, a relative link would break
-            (place / path.name).symlink_to(os.path.abspath(path.parent / os.readlink(path)))
-            path.unlink()
-        elif path.exists():
-            os.replace(path, place / path.name)
-    (out / RESULTS / f"{name}.json").unlink(missing_ok=True)
-    return place
-
-
-def _quarantine_unfinished(out: Path) -> dict[int, str]:
-    """Take away tars without statistics; returns the reasons by shard."""
-    finished, reasons = set_folder.finished(out), {}
-    for tar in sorted((out / set_folder.SHARDS).glob("*.tar")):
-        if not tar.exists():
-            raise DataError(
-                f"{tar}: links to {os.readlink(tar)}, which is not there; mount the disk or bring "
-                "the file back"
-            )
-        if not re.fullmatch(r"\d{5,}", tar.stem):
-            raise DataError(f"{tar}: not a shard of this set (NNNNN.tar); move it elsewhere")
-        if int(tar.stem) not in finished:
-            stats = f"{tar.stem}_stats.json"
-            what = "is damaged" if tar.with_name(stats).exists() else "is not there"
-            reasons[int(tar.stem)] = f"{tar}: unfinished: {stats} {what}"
-    for shard, reason in reasons.items():
-        quarantine(out, shard, reason)
-    return reasons
-
-
-def _remove_empty_tars(out: Path, results: dict[int, dict]) -> None:
-    """Remove tars without a sample: readers that are given a range of tars refuse them."""
-    for shard, result in results.items():
-        if not result["samples"]:
-            (out / set_folder.SHARDS / f"{set_folder.shard_name(shard)}.tar").unlink(
-                missing_ok=True
-            )
-
-
-def _list_bad_samples(out: Path, results: dict[int, dict]) -> None:
-    """Write D/bad_samples.tsv: `shard/key`, tab, reason."""
-    lines = [
-        f"{set_folder.shard_name(shard)}/{key}\t{' '.join(reason.split())}\n"
-        for shard, result in results.items()
-        for key, reason in result["bad"]
-    ]
-    path = out / BAD_SAMPLES
-    if not lines:
-        path.unlink(missing_ok=True)
-        return
-    set_folder.replace_file(path, "".join(lines))
-    print(
-        f"{len(lines)} bad samples, listed in {path}; training counts and skips them. To leave "
-        f"them out: python data_prep/reshard.py {out} --keys {path} --drop --out NEW"
-    )
-
-
-def _missing_shards(out: Path, preparation, missing: list[int], lost: dict) -> DataError:
-    moved = "".join(f"\n  {set_folder.shard_name(shard)}: {lost[shard]}" for shard in sorted(lost))
-    if moved:
-        moved = f"\nMoved to {out / set_folder.QUARANTINE}:{moved}"
-    return DataError(
-        f"{out}: {len(missing)} of {preparation.shards} shards are missing: {ranges(missing)}. "
-        f"Make them with the command that began the set (python {preparation.tool} … --out {out}), "
-        "then run verify.py again; or close the set without them: --allow-missing" + moved
-    )
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending shard numbers in words: `00003, 00007-00012`."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    name = set_folder.shard_name
-    return ", ".join(name(a) if a == b else f"{name(a)}-{name(b)}" for a, b in spans)
-
-
-def _close(
-    out: Path, preparation: set_folder.Preparation, results: dict, missing: list[int]
-) -> None:
-    """Write sizes.json and then manifest.json, from what is known: no tar is read again."""
-    shards, labels = [], []
-    for shard, result in results.items():
-        name = set_folder.shard_name(shard)
-        labels += [f"{name}/{key}: {why}" for key, why in result["bad"] if LABEL_FAULT in why]
-        if result["samples"]:
-            path = str(out / set_folder.SHARDS / f"{name}.tar")
-            shards.append(ShardInfo(path, result["samples"], result["bytes"], result["sha256"]))
-    if not shards:
-        raise DataError(f"{out}: no image was kept; data_prep/report.py {out} says why")
-    if labels and preparation.kind == "image_label":
-        raise DataError(
-            f"{out}: {len(labels)} samples without a label of {set_folder.CLASSES}: "
-            f"{', '.join(labels[:5])}; all are in {out / BAD_SAMPLES}. Training refuses such a "
-            f"set: restore {set_folder.CLASSES}, or make it again (python {preparation.tool} …)"
-        )
-    extra = {
-        "tool": preparation.tool,
-        "identity": preparation.identity,
-        "bad_samples": sum(len(result["bad"]) for result in results.values()),
-        "decoded_samples": sum(result["decoded"] for result in results.values()),
-        "empty_shards": [shard for shard, result in results.items() if not result["samples"]],
-        "missing_shards": missing,
-    }
-    sizes = {Path(info.path).name: info.samples for info in shards}
-    set_folder.replace_file(
-        out / set_folder.SHARDS / set_folder.SIZES, json.dumps(sizes, indent=1) + "\n"
-    )
-    write_manifest(
-        out,
-        preparation.name,
-        preparation.kind,
-        set_folder.load_classes(out),
-        preparation.source,
-        preparation.license,
-        preparation.date,
-        preparation.attempted,
-        {**preparation.extra, **extra},
-        shards,
     )
 
 

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data_prep.sets.shard_writer import Unusable
 from loaders.errors import DataError
 from loaders.tarreader import ShardReader, iterate_members
@@ -28,8 +30,11 @@ class ImageSource:
         """Names of all regular files, sorted."""
         raise NotImplementedError
 
-    def read(self, name: str) -> bytes:
-        """Content of a file. Raises `DataError` if there is none of this name or it is damaged."""
+    def read(self, name: str, size: int = -1) -> bytes:
+        """Content of a file, or its first `size` bytes.
+
+        Raises `DataError` if there is none of this name or it is damaged.
+        """
         raise NotImplementedError
 
     def _missing(self, name: str) -> DataError:
@@ -56,8 +61,11 @@ def open_images(path: Path) -> ImageSource:
     return _Zip(path) if start in _ZIP_STARTS else _Tar(path)
 
 
+IMAGE_START = 12  # bytes that say which kind of image a file is
+
+
 def image_extension(data: bytes) -> str:
-    """Member extension of an encoded image by its first bytes: jpg, png or webp.
+    """Member extension of an encoded image by its first `IMAGE_START` bytes: jpg, png or webp.
 
     Raises `Unusable` for anything else.
     """
@@ -111,9 +119,29 @@ class ImagesByName:
             )
         return places
 
+    def check(self, places: Sequence[tuple[int, str]]) -> None:
+        """Raise `DataError` that names files which are no images by their first bytes."""
+        wrong = []
+        in_order = sorted(places)  # as they lie in an archive, more or less
+        for place in tqdm(in_order, unit="img", desc="looking at the images", mininterval=1):
+            try:
+                image_extension(self._sources[place[0]].read(place[1], IMAGE_START))
+            except Unusable as error:
+                reason = str(error)
+                wrong.append(self.where(place))
+        if wrong:
+            raise DataError(
+                f"{len(wrong)} of {len(places)} images are unusable ({reason}), first "
+                f"{', '.join(wrong[:5])}; restore them, or download the archive again"
+            )
+
     def read(self, place: tuple[int, str]) -> bytes:
         """Content of the file at a place that `locate` gave."""
         return self._sources[place[0]].read(place[1])
+
+    def where(self, place: tuple[int, str]) -> str:
+        """Archive and name of the file at a place, for a message."""
+        return f"{self._sources[place[0]].path}: {place[1]}"
 
 
 class _Folder(ImageSource):
@@ -136,9 +164,10 @@ class _Folder(ImageSource):
             elif entry.is_file():
                 yield prefix + entry.name
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, size: int = -1) -> bytes:
         try:
-            return (self.path / name).read_bytes()
+            with open(self.path / name, "rb") as file:
+                return file.read(size)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise self._missing(name) from None
         except OSError as error:
@@ -171,12 +200,13 @@ class _Zip(ImageSource):
     def names(self) -> list[str]:
         return sorted(self._open())
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, size: int = -1) -> bytes:
         entry = self._open().get(name)
         if entry is None:
             raise self._missing(name)
         try:
-            return self._file.read(entry)  # checks the CRC-32
+            with self._file.open(entry) as file:
+                return file.read(size)  # of a whole file, it checks the CRC-32
         except _ZIP_ERRORS as error:
             raise DataError(
                 f"{self.path}: cannot read {name!r} from the zip ({error}); download it again"
@@ -196,7 +226,8 @@ class _Tar(ImageSource):
     def names(self) -> list[str]:
         return sorted(self._members)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, size: int = -1) -> bytes:
         if name not in self._members:
             raise self._missing(name)
-        return self._reader.read(str(self.path), *self._members[name])
+        offset, whole = self._members[name]
+        return self._reader.read(str(self.path), offset, whole if size < 0 else min(size, whole))

@@ -6,20 +6,17 @@ CLIP_benchmark's webdatasets do, and `json` holds them as a list.
 """
 
 import argparse
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from data_prep.archives.image_source import ImagesByName, image_extension
-from data_prep.sets import set_folder
-from data_prep.sets.shard_writer import permutation, write_shards
-from loaders.errors import ConfigError, DataError
+from data_prep.archives import image_list
+from data_prep.archives.image_list import check_count, read_json
+from data_prep.archives.image_source import image_extension
+from loaders.errors import DataError
 from loaders.manifest import CAPTION_LINES
-from loaders.specs import as_path
 
 CAPTIONS_PER_IMAGE = 5
 
@@ -102,18 +99,6 @@ def _parse_image(entry: Mapping[str, Any]) -> tuple[Captioned, int]:
     return image, len(texts) - len(kept)
 
 
-def read_json(path: Path) -> tuple[dict, str]:
-    """A JSON object and the sha256 of the file; `DataError` if it is none."""
-    try:
-        data = path.read_bytes()
-        content = json.loads(data)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return content, hashlib.sha256(data).hexdigest()
-
-
 def keep_captions(images: Sequence[Captioned], count: int | None) -> list[Captioned]:
     """The images with their first `count` captions each; None keeps all.
 
@@ -131,21 +116,45 @@ def keep_captions(images: Sequence[Captioned], count: int | None) -> list[Captio
     ]
 
 
-def check_count(what: str, found: int, expected: int | None) -> None:
-    """Raise `DataError` with both numbers when they differ; None: nothing is expected."""
-    if expected is not None and found != expected:
-        raise DataError(
-            f"{what}: {found} found, {expected} expected; get the complete official file "
-            "(--expected-images N is for another number of images)"
-        )
+def check_counts(path: Path, split: str, found: SplitFile, images: int, captions: int) -> None:
+    """Raise `DataError` with both numbers unless a split has as many captions and images."""
+    check_count(f"{path}: split {split}, captions", found.captions, captions)
+    check_count(f"{path}: split {split}, images", len(found.images), images)
 
 
-def caption_facts(kept: int, empty: int) -> dict[str, Any]:
-    """What the manifest says of the captions: how many, and that each line of `txt` is one."""
-    return {"captions": kept, "captions_without_text": empty, CAPTION_LINES: True}
+def write(
+    arguments: argparse.Namespace,
+    about: Mapping[str, Any],
+    found: SplitFile,
+    captions_per_image: int | None,
+    identity: Mapping[str, Any],
+) -> None:
+    """Write the images of `found` with their captions as the set `arguments.out`.
+
+    `about`: tool, name, source and license of the set. `captions_per_image`: as `keep_captions`
+    wants it. `identity`: what the folder must agree on besides the file and the split.
+    """
+    images = keep_captions(found.images, captions_per_image)
+    kept = sum(len(image.captions) for image in images)
+    print(f"{len(images)} images, {kept} captions; {found.empty} without text left out")
+    image_list.write(
+        arguments,
+        {
+            **about,
+            "identity": {
+                "karpathy_sha256": found.sha256,
+                "split": arguments.split,
+                **identity,
+            },
+            # Each line of `txt` is one of the captions.
+            "extra": {"captions": kept, "captions_without_text": found.empty, CAPTION_LINES: True},
+        },
+        [image.path for image in images],
+        lambda i, data: _caption_members(images[i], data),
+    )
 
 
-def caption_members(image: Captioned, data: bytes) -> dict[str, bytes]:
+def _caption_members(image: Captioned, data: bytes) -> dict[str, bytes]:
     """Members of a sample; raises `Unusable` if `data` is no image."""
     about = {
         "captions": image.captions,
@@ -159,67 +168,3 @@ def caption_members(image: Captioned, data: bytes) -> dict[str, bytes]:
         "txt": "\n".join(image.captions).encode("utf-8"),
         "json": json.dumps(about).encode(),
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all sets of captioned images share."""
-    parser.add_argument(
-        "--images", type=as_path, nargs="+", required=True, help="folders, zips, tars"
-    )
-    parser.add_argument("--out", type=as_path, required=True, help="folder of the data set")
-    parser.add_argument("--name", help="name of the set (default: from the input)")
-    parser.add_argument("--expected-images", type=int, help="for another number than the official")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="default: 1000")
-    set_folder.add_part_arguments(parser)
-
-
-def write_set(
-    arguments: argparse.Namespace,
-    preparation: Mapping[str, Any],
-    paths: Sequence[str],
-    members: Callable[[int, bytes], Mapping[str, bytes]],
-) -> None:
-    """Write the images `paths` (in the archives `arguments.images`) as the set `arguments.out`.
-
-    `preparation`: tool, name, kind, source, license, identity and extra of the set. `members(i,
-    data)` makes the members of sample i. Raises `DataError` if images are absent, and at the end
-    if some were no images: an evaluation set with fewer images gives other numbers.
-    """
-    size = arguments.samples_per_shard
-    if size < 1:
-        raise ConfigError(f"--samples-per-shard {size}: at least 1")
-    set_folder.check_part(arguments.part, arguments.parts)
-    images = ImagesByName(arguments.images)
-    places = images.locate(paths)
-    set_folder.begin(
-        arguments.out,
-        set_folder.Preparation(
-            **{**preparation, "identity": {**preparation["identity"], "samples_per_shard": size}},
-            date=date.today().isoformat(),
-            shards=-(-len(paths) // size),
-            samples_per_shard=size,
-            attempted=len(paths),
-        ),
-    )
-
-    def read(i: int) -> Mapping[str, bytes]:
-        return members(i, images.read(places[i]))
-
-    write_shards(arguments.out, permutation(len(paths), 0), read, arguments.part, arguments.parts)
-    _check_usable(arguments.out)
-    print(f"next: python data_prep/verify.py {arguments.out}")
-
-
-def _check_usable(out: Path) -> None:
-    """`DataError` if a finished shard lacks images that were tried."""
-    lost: dict[str, int] = {}
-    for stats in set_folder.finished(out).values():
-        for reason, count in stats["status_dict"].items():
-            lost[reason] = lost.get(reason, 0) + count
-    kept = lost.pop("success", 0)
-    if lost:
-        raise DataError(
-            f"{out}: {sum(lost.values())} of {kept + sum(lost.values())} images are unusable "
-            f"({lost}); restore them, delete {out} and run again. To go on without them: "
-            f"python data_prep/verify.py {out}"
-        )

@@ -203,7 +203,7 @@ def _index_folder(source: Path) -> Images:
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    return [(e.name, -1, e.stat().st_size) for e in os.scandir(set_folder) if e.is_file()]
+    return [(e.name, -1, e.stat().st_size) for e in os.scandir(folder) if e.is_file()]
 
 
 def _walk(what: str, number: int, start: int, end: int) -> Iterator[tuple[str, int, int]]:

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 # Last, so that nothing of the repository hides an installed package (hence -P, too).
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from data_prep.download.img2ds_address import is_public, unusable
 from data_prep.download.img2ds_body import NoImage, decompress, name_other

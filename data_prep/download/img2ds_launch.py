@@ -44,7 +44,7 @@ class Launch:
     """One start of img2dataset for the shards `todo`.
 
     `home`: folder to work in, not there yet. `rows`: rows of each shard of the list. `options`:
-    `img2ds.Options`. `bar`: progress over the rows of the part.
+    `options.Options`. `bar`: progress over the rows of the part.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from data_prep.download.list_input import identify, join_digests
 from data_prep.download.list_rows import WEB, ListWriter, Notes, Rejected, Row, flush_and_hash
 from data_prep.sets import set_folder
-from loaders.errors import ConfigError, DataError
+from loaders.errors import DataError
 
 FILE_SHARDS = 100
 INDEX = "index.json"
@@ -63,15 +63,14 @@ def build(
     unreadable input, no usable row, a full disk, and a folder that holds something else;
     `ConfigError` for a shard size below 1.
     """
-    if samples_per_shard < 1:
-        raise ConfigError(f"--samples-per-shard {samples_per_shard}: must be 1 or more")
+    set_folder.check_shard_size(samples_per_shard)
     layout = {
         "samples_per_shard": samples_per_shard,
         "schemes": list(schemes),
         "columns": ["url", "caption", "row", *extra_columns],
     }
     parameters = json.loads(json.dumps({**parameters, **layout}))
-    _refuse_other_folder(out)
+    set_folder.check_folder(out)  # before hours of work, not only when the set is begun
     (out / set_folder.LIST).mkdir(parents=True, exist_ok=True)
     with _locked(out):
         stored = read_index(out) if (out / set_folder.LIST / INDEX).exists() else {}
@@ -230,17 +229,6 @@ def _check_same(out: Path, stored: dict, head: dict) -> None:
             f"{out / set_folder.LIST}: made from {stored['input']}, now asked for {head['input']}; "
             f"different are {'; '.join(lines)}. Use the same list and options, or another folder"
         )
-
-
-def _refuse_other_folder(out: Path) -> None:
-    """Refuse a folder of other things before hours of work, not only when the set is begun."""
-    if out.is_dir() and not (out / set_folder.RUN).is_file():
-        strange = sorted(path.name for path in out.iterdir() if path.name != set_folder.LIST)
-        if strange:
-            raise DataError(
-                f"{out}: not empty ({', '.join(strange[:5])}) and not the folder of a data set; "
-                "name an empty folder"
-            )
 
 
 @contextmanager

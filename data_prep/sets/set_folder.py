@@ -17,7 +17,6 @@ Statistics have img2dataset's keys (count, successes, failed_to_download, failed
 duration, start_time, end_time, status_dict).
 """
 
-import argparse
 import errno
 import fcntl
 import json
@@ -187,9 +186,9 @@ def missing(out: Path, part: int = 0, parts: int = 1) -> list[int]:
 def publish(out: Path, shard: int, stage: Path) -> None:
     """Move a complete shard from the folder `stage` to `shards/`, its statistics last.
 
-    A tar without a sample is dropped: readers that are given a range of tars refuse it. Every
-    file is flushed to disk before it gets its name. A shard that is already finished is kept, and
-    the new copy dropped.
+    A tar without a sample is dropped: our index refuses it, and so does Hugging Face's `datasets`
+    where it is the first. Every file is flushed to disk before it gets its name. A
+    shard that is already finished is kept, and the new copy dropped.
     """
     names = [f"{shard_name(shard)}{end}" for end in (".parquet", ".tar", "_stats.json")]
     _drop_empty_tar(stage / names[1], stage / names[2])
@@ -263,16 +262,16 @@ def disk_full(out: Path, part: int = 0, parts: int = 1, staged: int = 0) -> Data
     )
 
 
-def add_part_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--part K --parts N`: this process prepares the shards s = K mod N (a SLURM array)."""
-    parser.add_argument("--part", type=int, default=0, help="number of this part, from 0")
-    parser.add_argument("--parts", type=int, default=1, help="number of parts (array tasks)")
-
-
 def check_part(part: int, parts: int) -> None:
     """Raise `ConfigError` unless 0 <= part < parts."""
     if not 0 <= part < parts:
         raise ConfigError(f"--part {part} --parts {parts}: parts are numbered 0 to {parts - 1}")
+
+
+def check_shard_size(samples_per_shard: int) -> None:
+    """Raise `ConfigError` for shards of no sample."""
+    if samples_per_shard < 1:
+        raise ConfigError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
 
 
 def _dump(preparation: Preparation) -> str:

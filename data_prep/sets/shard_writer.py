@@ -9,7 +9,9 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -46,6 +48,23 @@ def permutation(count: int, seed: int) -> np.ndarray:
     return np.argsort(value, kind="stable").astype(np.int64)
 
 
+def plan(
+    count: int, samples_per_shard: int, identity: Mapping[str, Any], **about: Any
+) -> set_folder.Preparation:
+    """The preparation of `count` samples that are at hand, begun today.
+
+    `about`: tool, name, kind, source, license and extra of the set.
+    """
+    return set_folder.Preparation(
+        **about,
+        date=date.today().isoformat(),
+        shards=-(-count // samples_per_shard),
+        samples_per_shard=samples_per_shard,
+        attempted=count,
+        identity={**identity, "samples_per_shard": samples_per_shard},
+    )
+
+
 def write_shards(
     out: Path,
     order: np.ndarray,
@@ -53,7 +72,7 @@ def write_shards(
     part: int = 0,
     parts: int = 1,
 ) -> Counter:
-    """Write the missing shards of one part of the set that `folder.begin` opened in `out`.
+    """Write the missing shards of one part of the set that `set_folder.begin` opened in `out`.
 
     `order` (n,) int64: sample indices in the order of writing; shard s holds the positions
     s * samples_per_shard and on. `read(i)` gives the members of sample i, extension -> bytes, in

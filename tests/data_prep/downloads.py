@@ -1,6 +1,7 @@
 """Real downloads for tests: lists over the test server, the command, and reading results."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+import pytest
 
 from tests.data_prep.http_server import LIMIT, Server, images, jpeg, serve
 
@@ -118,6 +120,24 @@ def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None):
     return subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, env=environment, check=False
     )
+
+
+def run_in_own_network(code: str, addresses: Sequence[str], home: Path) -> list[str]:
+    """Run Python code with the argument `home` where loopback has these addresses too; its lines.
+
+    Skips the test where a network namespace cannot be made.
+    """
+    set_up = " && ".join(["ip link set lo up", *(f"ip addr add {a}/32 dev lo" for a in addresses)])
+    enter = ["unshare", "--net", "sh", "-c"]
+    if run([*enter, set_up]).returncode if shutil.which("unshare") else True:
+        pytest.skip("a network namespace cannot be made here (unshare --net, ip)")
+    script = home / "script.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    program = ["sh", sys.executable, str(script), str(home)]
+    done = run([*enter, f'{set_up} && "$@"', *program], environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
 
 
 def rows(out: Path) -> list[dict]:

@@ -56,6 +56,12 @@ def tars(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((out / "shards").glob("*.tar"))}
 
 
+def origins(tar: Path) -> set[str]:
+    """Paths in COCO's zips of the images of a shard."""
+    samples = webdataset.WebDataset(str(tar), shardshuffle=False)
+    return {f"val2014/{json.loads(sample['json'])['filename']}" for sample in samples}
+
+
 @pytest.fixture
 def made(tmp_path):
     """21 images of all splits in a Karpathy file, and their files by path in the zips."""
@@ -229,19 +235,50 @@ def test_absent_and_ambiguous_images_are_named(made, captions, tmp_path):
         tmp_path / "twice", {f"{x}/{n}": d for n, d in files.items() for x in "ab"}
     )
     with pytest.raises(DataError, match="6 images are there more than once"):
-        captions("twice", source=twice)
+        captions("set", source=twice)
 
 
-def test_what_is_no_image_is_an_error_after_the_rest_is_written(made, captions, tmp_path):
+@pytest.mark.parametrize("kind", ["zip", "folder", "tar"])
+def test_what_is_no_image_is_said_before_anything_is_written(made, captions, tmp_path, kind):
     files = dict(made[2])
     name = next(name for name in files if name.endswith("000000000005.jpg"))
-    files[name] = b"<html>moved</html>"
-    broken = write_zip(tmp_path / "broken.zip", files)
-    with pytest.raises(DataError, match=r"1 of 6 images are unusable .*not a jpeg"):
-        captions("broken", source=broken)
-    with pytest.raises(DataError, match="1 of 6"):  # also when nothing is left to write
-        captions("broken", source=broken)
-    assert verify(tmp_path / "broken").samples == 5
+    good = files[name]
+    broken = tmp_path / f"broken.{kind}"
+
+    def pack():
+        if kind == "zip":
+            write_zip(broken, files)
+        elif kind == "tar":
+            write_tar(broken, list(files.items()))
+        else:
+            write_folder(broken, files)
+
+    for data in (b"<html>moved</html>", b""):
+        files[name] = data
+        pack()
+        wanted = rf"1 of 6 images are unusable \(not a jpeg.*broken.{kind}: {name}"
+        with pytest.raises(DataError, match=wanted):
+            captions("broken", source=broken)
+        assert not (tmp_path / "broken").exists()
+    files[name] = good
+    pack()
+    assert verify(captions("broken", source=broken)).samples == 6
+
+
+def test_an_image_that_is_lost_after_the_start_is_named_and_restored(made, captions, tmp_path):
+    files = made[2]
+    images = write_folder(tmp_path / "images", files)
+    out = captions("out", "--part", 0, "--parts", 2, source=images)
+    kept = tars(out)
+    inside = {name for tar in (out / "shards").glob("*.tar") for name in origins(tar)}
+    lost = next(n for n in files if SPLIT_OF[int(n[-6:-4]) % 7] == "test" and n not in inside)
+    (images / lost).write_bytes(b"gone")
+    with pytest.raises(DataError, match=rf"{lost}: not a jpeg.* same command again"):
+        captions("out", "--part", 1, "--parts", 2, source=images)
+    assert tars(out) == kept
+    (images / lost).write_bytes(files[lost])
+    captions("out", "--part", 1, "--parts", 2, source=images)
+    assert verify(out).samples == 6
 
 
 def test_another_choice_in_the_same_folder_is_refused(captions):

@@ -293,9 +293,9 @@ def test_a_writer_is_killed_and_started_again(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
         "import numpy as np; from dataclasses import replace\n"
         "from tests.data_prep.test_folder import SET, CLASSES, read\n"
-        "from data_prep import folder; from data_prep.sets.shard_writer import *\n"
+        "from data_prep.sets import set_folder; from data_prep.sets.shard_writer import *\n"
         "out = Path(sys.argv[1])\n"
-        "folder.begin(out, replace(SET, shards=60), CLASSES)\n"
+        "set_folder.begin(out, replace(SET, shards=60), CLASSES)\n"
         "write_shards(out, permutation(240, 0), read)\n"
     )
     root = Path(__file__).resolve().parents[2]

@@ -263,7 +263,7 @@ def test_command_line_begins_the_set_and_names_the_plan(tmp_path):
     ("flags", "message"),
     [
         (["--part", 2, "--parts", 2], "parts are numbered 0 to 1"),
-        (["--samples-per-shard", 0], "must be 1 or more"),
+        (["--samples-per-shard", 0], "must be at least 1"),
     ],
 )
 def test_wrong_flags(tmp_path, flags, message):

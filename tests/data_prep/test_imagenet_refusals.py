@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep import imagenet
-from data_prep.archives import imagenet_devkit
+from data_prep.archives import imagenet_devkit, imagenet_set
 from loaders.errors import ConfigError, DataError
 from tests.data_prep import imagenet_layout as layout
 from tests.data_prep.imagenet_layout import SYNSETS
@@ -256,6 +256,6 @@ def test_a_compressed_archive(source, refused, tmp_path):
 def test_classes_of_the_table_are_timms():
     """The labels of the set are those of the class names: rank of the sorted WNIDs."""
     lines = (installed("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split()
-    table = imagenet.read_classes()
+    table = imagenet_set.read_classes()
     assert [entry["synset"] for entry in table] == lines == sorted(SYNSETS)
     assert [entry["id"] for entry in table] == list(range(1000))

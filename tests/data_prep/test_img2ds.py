@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 import tarfile
@@ -240,18 +239,8 @@ for row in sorted(rows(home / "D"), key=lambda row: row["row"]):
 
 def test_a_redirect_to_a_private_address_is_not_followed(tmp_path):
     """In a network of its own, where a public address is ours."""
-    set_up = "ip link set lo up && ip addr add 93.184.215.14/32 dev lo && "
-    set_up += "ip addr add 10.1.2.3/32 dev lo"
-    enter = ["unshare", "--net", "sh", "-c"]
-    if run([*enter, set_up]).returncode if shutil.which("unshare") else True:
-        pytest.skip("a network namespace cannot be made here (unshare --net, ip)")
-    script = tmp_path / "script.py"
-    script.write_text(_NAMESPACE)
-    environment = {**os.environ, "PYTHONPATH": str(downloads.REPOSITORY)}
-    done = run([*enter, f'{set_up} && "$@"', "sh", sys.executable, str(script), str(tmp_path)],
-               environment)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    groups = [reason_group(line) for line in done.stdout.splitlines()]
+    lines = downloads.run_in_own_network(_NAMESPACE, ("93.184.215.14", "10.1.2.3"), tmp_path)
+    groups = [reason_group(line) for line in lines]
     assert groups == ["success", "private address", "private address", "dns"]
 
 

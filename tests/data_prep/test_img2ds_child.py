@@ -10,7 +10,8 @@ import zlib
 
 import pytest
 
-from data_prep.download import img2ds, img2ds_body, img2ds_child
+from data_prep.download import img2ds_body, img2ds_child, options
+from data_prep.download.options import Options
 from data_prep.download.reasons import FAILURES, reason_group
 from loaders.errors import ConfigError
 from tests.data_prep import http_server
@@ -206,13 +207,13 @@ def test_encoded_bodies_are_decoded_within_the_limit():
 
 
 def test_limits_are_part_of_the_plan_where_they_are_in_force():
-    assert img2ds.identity(img2ds.Options(), 10).keys().isdisjoint(img2ds._LIMITS)
-    plan = img2ds.identity(img2ds.Options(min_image_size=64, max_aspect_ratio=3.0), 10)
+    assert options.identity(Options(), 10).keys().isdisjoint(options._LIMITS)
+    plan = options.identity(Options(min_image_size=64, max_aspect_ratio=3.0), 10)
     assert (plan["min_image_size"], plan["max_aspect_ratio"]) == (64, 3.0)
-    for options in (img2ds.Options(), img2ds.Options(min_image_size=64, max_aspect_ratio=3.0)):
-        again = img2ds.from_identity(img2ds.identity(options, 10))
-        assert img2ds.Options(**{**again, "disallowed_header_directives":
-                                 options.disallowed_header_directives}) == options  # fmt: skip
+    for chosen in (Options(), Options(min_image_size=64, max_aspect_ratio=3.0)):
+        again = options.from_identity(options.identity(chosen, 10))
+        assert Options(**{**again, "disallowed_header_directives":
+                                 chosen.disallowed_header_directives}) == chosen  # fmt: skip
 
 
 def test_options_that_cannot_work_are_refused():
@@ -226,4 +227,4 @@ def test_options_that_cannot_work_are_refused():
         {"stall_minutes": 1.0, "image_seconds": 30.0, "retries": 1},
     ):
         with pytest.raises(ConfigError):
-            img2ds.Options(**wrong)
+            Options(**wrong)

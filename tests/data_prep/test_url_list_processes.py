@@ -22,7 +22,7 @@ from tests.data_prep.list_parts import REPOSITORY, build, make_rows, read_table
 SCRIPT = """
     import os, sys, time
     from pathlib import Path
-    from data_prep import url_list
+    from data_prep.download import url_list
     from data_prep.download.list_rows import Row
     from loaders.errors import run_cli
 

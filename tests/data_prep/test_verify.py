@@ -17,10 +17,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 
+from data_prep.checks.closing import ranges
 from data_prep.sets import set_folder
 from data_prep.sets.shard_writer import permutation, write_shards
-from data_prep.verify import ranges, verify
+from data_prep.verify import verify
 from loaders.errors import DataError
 from loaders.manifest import open_shards
 from tests.data_prep.verify_parts import REPOSITORY, SIZE, begin, make, members, put, run
@@ -241,6 +243,14 @@ def test_a_shard_of_which_every_download_failed(made):
     # A range or glob of tars meets none without a sample, and the set stays as it is.
     assert not (made / "shards" / "00001.tar").exists()
     assert len(open_shards(made / "shards" / "*.tar", kind="image_text")) == 8
+    span = str(made / "shards" / "{00000..00002}.tar")  # what docs/data.md says of such a hole
+    with pytest.raises(DataError, match=r"00001\.tar; .* a glob such as"):
+        open_shards(span, kind="image_text")
+    with pytest.raises(FileNotFoundError):
+        list(webdataset.WebDataset(span, shardshuffle=False))
+    with pytest.warns(UserWarning, match="FileNotFoundError"):
+        found = list(webdataset.WebDataset(span, webdataset.warn_and_continue, shardshuffle=False))
+    assert len(found) == 8
     assert verify(made).samples == 8
     assert verify(made).checked == 0
     assert set_folder.missing(made) == []

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import yfcc
+from data_prep.archives import yfcc_lists
 from data_prep.archives.yfcc_metadata import photo_hash
 from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ from tests.data_prep.yfcc_layout import (
 
 
 def test_published_counts():
-    assert {key: (entry.name, entry.photos) for key, entry in yfcc.LISTS.items()} == {
+    assert {key: (entry.name, entry.photos) for key, entry in yfcc_lists.LISTS.items()} == {
         "openai": ("yfcc14m_openai", 14_829_396),
         "slip": ("yfcc15m_slip", 14_689_580),
         "declip": ("yfcc15m_declip_v2", 15_388_848),
@@ -46,7 +46,7 @@ def test_count_of_the_list_is_checked_before_the_join(tmp_path, list_name):
     (tmp_path / "m").write_bytes(b"x")
     np.save(tmp_path / "u.npy", np.arange(15))
     unique = tmp_path / "u.npy" if list_name == "slip" else None
-    total = yfcc.LISTS[list_name].photos
+    total = yfcc_lists.LISTS[list_name].photos
     job = make_job(ids, tmp_path / "m", total, list_name=list_name, unique_ids=unique)
     found = 15 if unique else 20
     with pytest.raises(
@@ -102,7 +102,7 @@ def test_nothing_is_unpickled(tmp_path):
 def test_other_npy_files_are_refused(tmp_path, array):
     np.save(tmp_path / "u.npy", np.array(array))
     with pytest.raises(DataError, match="not line numbers"):
-        yfcc._read_unique_ids(tmp_path / "u.npy")
+        yfcc_lists._read_unique_ids(tmp_path / "u.npy")
 
 
 def test_declip(tmp_path):
@@ -128,7 +128,7 @@ def test_declip(tmp_path):
     path = tmp_path / "list.json"
     path.write_bytes(b"\n".join(lines))
     job = make_job(path, None, 7, list_name="declip", captions=None, images="urls")
-    rows, index = build(tmp_path / "d", job, yfcc.read_declip_rows)
+    rows, index = build(tmp_path / "d", job, yfcc_lists.read_declip_rows)
     assert [(row["row"], row["photoid"], row["caption"]) for row in rows] == [
         (0, "1000", "c 0"),
         (1, "1001", '"quotes" and blanks \U0001f600'),
@@ -150,15 +150,15 @@ def test_declip(tmp_path):
     }
 
     job = make_job(path, None, 7, list_name="declip", captions=None, images="bucket")
-    rows, index = build(tmp_path / "e", job, yfcc.read_declip_rows)
+    rows, index = build(tmp_path / "e", job, yfcc_lists.read_declip_rows)
     name = photo_hash("http://live.staticflickr.com/65535/77_x.jpg")
-    assert rows[3]["url"] == f"{yfcc.BUCKET}/{name[:3]}/{name[3:6]}/{name}.jpg"
+    assert rows[3]["url"] == f"{yfcc_lists.BUCKET}/{name[:3]}/{name[3:6]}/{name}.jpg"
     assert len(rows) == 4
     assert index["rejected"]["no Flickr url, so no name in the bucket"] == 2
 
     job = make_job(path, None, 8, list_name="declip", captions=None, images="urls")
     with pytest.raises(DataError, match="7 photos, but declip has 8"):
-        build(tmp_path / "f", job, yfcc.read_declip_rows)
+        build(tmp_path / "f", job, yfcc_lists.read_declip_rows)
 
 
 @pytest.mark.parametrize(

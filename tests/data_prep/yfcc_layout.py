@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep import yfcc
+from data_prep.archives import yfcc_lists
 from data_prep.archives.yfcc_metadata import photo_hash
 from data_prep.download import url_list
 from data_prep.download.list_rows import WEB
@@ -84,7 +85,7 @@ def write_ids(path: Path, photos, numbers, pack=bytes) -> Path:
     return path
 
 
-def make_job(ids: Path, m: Path | None, expected: int, **changes) -> yfcc.Job:
+def make_job(ids: Path, m: Path | None, expected: int, **changes) -> yfcc_lists.Job:
     fields = {
         "list_name": "openai",
         "ids": ids,
@@ -94,10 +95,12 @@ def make_job(ids: Path, m: Path | None, expected: int, **changes) -> yfcc.Job:
         "images": "bucket",
         "expected": expected,
     }
-    return yfcc.Job(**fields | changes)
+    return yfcc_lists.Job(**fields | changes)
 
 
-def build(out: Path, job: yfcc.Job, read=yfcc.read_metadata_rows) -> tuple[list[dict], dict]:
+def build(
+    out: Path, job: yfcc_lists.Job, read=yfcc_lists.read_metadata_rows
+) -> tuple[list[dict], dict]:
     """Rows and index of a list."""
     index = url_list.build(
         out,
@@ -105,7 +108,7 @@ def build(out: Path, job: yfcc.Job, read=yfcc.read_metadata_rows) -> tuple[list[
         job.inputs,
         {"list": job.list_name, "captions": job.captions, "images": job.images},
         10,
-        yfcc.EXTRA_COLUMNS,
+        yfcc_lists.EXTRA_COLUMNS,
         WEB if job.local_root is None else ("file",),
     )
     files = sorted((out / "list").glob("*.parquet"))

@@ -3,16 +3,11 @@
 Single redirects, `file:` and name look-ups: tests/data_prep/test_img2ds.py, test_img2ds_child.py.
 """
 
-import os
-import shutil
-import sys
-
 import pytest
 
 from data_prep.download.img2ds_child import is_public
 from data_prep.download.reasons import reason_group
 from tests.data_prep import downloads
-from tests.data_prep.downloads import run
 
 # A chain of public redirects that ends inside, at a file, at another name of loopback.
 _NAMESPACE = """
@@ -56,20 +51,9 @@ for row in sorted(rows(home / "D"), key=lambda row: row["row"]):
 
 def test_a_chain_of_public_redirects_does_not_lead_inside(tmp_path):
     """In a network of its own: all addresses are one server, which would gladly answer."""
-    set_up = "ip link set lo up"
-    for address in ("93.184.215.14", "10.1.2.3", "169.254.169.254"):
-        set_up += f" && ip addr add {address}/32 dev lo"
-    enter = ["unshare", "--net", "sh", "-c"]
-    if run([*enter, set_up]).returncode if shutil.which("unshare") else True:
-        pytest.skip("a network namespace cannot be made here (unshare --net, ip)")
-    script = tmp_path / "script.py"
-    script.write_text(_NAMESPACE)
-    environment = {**os.environ, "PYTHONPATH": str(downloads.REPOSITORY)}
-    done = run([*enter, f'{set_up} && "$@"', "sh", sys.executable, str(script), str(tmp_path)],
-               environment)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    addresses = ("93.184.215.14", "10.1.2.3", "169.254.169.254")
     groups = {}
-    for line in done.stdout.splitlines():
+    for line in downloads.run_in_own_network(_NAMESPACE, addresses, tmp_path):
         end, _, message = line.partition("\t")
         groups[end] = reason_group(message)
     assert groups.pop("good") == "success"
