@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks import evaluation_zero_shot, harness
-from eval import cli, elevater_metrics, elevater_probe, linear_probe
+from eval import cli, elevater_metrics, elevater_probe, features
 from eval.features import Extractor
 from eval.sources import common_classes
 from eval.sources.registry import REGISTRY, EvalDataset, Registry
@@ -53,7 +53,7 @@ def ours(run: weights.LoadedRun, row: EvalDataset) -> dict[str, float]:
     """What `python -m eval.linear_probe --protocol elevater` does, without an earlier cache."""
     with tempfile.TemporaryDirectory() as cache:
         extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
-        ((_, outcome),) = linear_probe.evaluate_elevater(extractor, row, OPTIONS)
+        ((_, outcome),) = elevater_probe.evaluate(extractor, row, OPTIONS)
     return {name: found["value"] for name, found in outcome.metrics.items()}
 
 
@@ -69,7 +69,7 @@ class OverImages:
             extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
             splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
             train, test = splits["train"], splits["test"]
-            self.head = linear_probe.initial_head(extractor, test, classes.names, "text")[0]
+            self.head = features.initial_head(extractor, test, classes.names, "text")[0]
         self.tower, self.mean, self.std = extractor.model, extractor.mean, extractor.std
         self.labels, self.truth = classes.targets["train"], classes.targets["test"]
         self.images = torch.stack([train[i] for i in range(len(train))])

@@ -24,14 +24,13 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, protocols, rows
-from eval.features import Extractor, Features
+from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, protocols
+from eval.features import Extractor, finite_images
 from eval.sources import common_classes
 from eval.sources.registry import REGISTRY, EvalDataset
 from eval.sources.splits import EvalSplit
@@ -41,14 +40,7 @@ from loaders.errors import CommandParser, ConfigError, DataError, run_cli
 C_GRID = np.logspace(-6, 6, 97)
 VALIDATION_SHARE = 0.2
 MAX_ITERATIONS = 1000
-TASKS = {
-    "standardised": "linear_probe",
-    "clip": "linear_probe_clip",
-    "elevater": "linear_probe_elevater",
-}
-# ELEVATER searches on at most so many samples of a class (commands/linear_probe.py).
-SEARCH_LIMITS = {"patch-camelyon": 10_000}
-INITIAL_DEVIATION = 0.02
+TASKS = {"standardised": "linear_probe", "clip": "linear_probe_clip"}
 
 
 def probe(c: float, standardise: bool = True) -> Pipeline:
@@ -105,18 +97,6 @@ def search_c(
     return float(C_GRID[best])
 
 
-def read(extractor: Extractor, splits: dict[str, EvalSplit]) -> dict[str, Features] | None:
-    """Finite image features of every split; None off the main process."""
-    features = {name: extractor.images(split) for name, split in splits.items()}
-    if features["test"] is None:
-        return None
-    for name, found in features.items():
-        if not all(value.isfinite().all() for value in found.values()):
-            row = splits[name].row
-            raise DataError(f"{row.name}: image features are not finite, the run has diverged")
-    return features
-
-
 def regress(
     x: np.ndarray,
     y: np.ndarray,
@@ -144,7 +124,7 @@ def regress(
 def open_labelled(
     row: EvalDataset, fitted: Sequence[str], crop: int
 ) -> tuple[dict[str, EvalSplit], common_classes.CommonClasses]:
-    """`source_classes.open_splits`; DataError for several labels per image, which a regression
+    """`common_classes.open_splits`; DataError for several labels per image, which a regression
     cannot take."""
     splits, classes = common_classes.open_splits(row, fitted, crop)
     if classes.multilabel:
@@ -154,9 +134,9 @@ def open_labelled(
 
 def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """Top-1 and mean per-class recall of a logistic regression on standardised `pooled` image
-    features, among the classes of `source_classes.meet`."""
+    features, among the classes of `common_classes.meet`."""
     splits, classes = open_labelled(row, ("train",), extractor.size)
-    features = read(extractor, splits)
+    features = finite_images(extractor, splits)
     if features is None:
         return None
     x, x_test = (features[name]["pooled"].double().numpy() for name in ("train", "test"))
@@ -174,31 +154,6 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     )
 
 
-def subsets(
-    targets: np.ndarray, classes: int, options: argparse.Namespace
-) -> Iterator[tuple[int | None, list[np.ndarray]]]:
-    """(shots, training indices per seed); (None, [all of them]) for a full-shot run."""
-    if not options.shots:
-        yield None, [np.arange(len(targets))]
-    for shots in options.shots or []:
-        yield shots, [few_shot.subset(targets, classes, shots, seed) for seed in options.seeds]
-
-
-def label(
-    task: str, protocol: str, shots: int | None, results: list[dict], options: argparse.Namespace
-) -> tuple[str, str, dict[str, dict]]:
-    """Task name, protocol and metrics of a full-shot or few-shot result."""
-    if shots is None:
-        return task, protocol, results[0]
-    seeds = " ".join(map(str, options.seeds))
-    protocol += (
-        f"; {shots} training samples a class, drawn by the rule of vision-datasets 0.2.17 from the "
-        f"order in which the set is stored, seeds {seeds}; interval of the mean: Student's t over "
-        "the seeds"
-    )
-    return f"{task}_{shots}shot", protocol, few_shot.over_seeds(results, options.seeds)
-
-
 def evaluate_regression(
     extractor: Extractor, row: EvalDataset, options: argparse.Namespace
 ) -> Iterator[tuple[str, cli.Outcome]]:
@@ -206,7 +161,7 @@ def evaluate_regression(
     has_validation = "val" in row.splits and options.protocol == "clip" and not options.shots
     fitted = ("train", "val") if has_validation else ("train",)
     splits, classes = open_labelled(row, fitted, extractor.size)
-    features = read(extractor, splits)
+    features = finite_images(extractor, splits)
     if features is None:
         return
     x = np.concatenate([features[name]["pooled"].double().numpy() for name in fitted])
@@ -215,7 +170,7 @@ def evaluate_regression(
     x_test, y_test = features["test"]["pooled"].double().numpy(), classes.targets["test"]
     standardise = options.protocol == "standardised"
     candidates, wanted = len(classes.names), row.tasks["linear_probe"]
-    for shots, chosen in subsets(y, candidates, options):
+    for shots, chosen in few_shot.subsets(y, candidates, options.shots, options.seeds):
         pairs = [regress(x[i], y[i], x_test, y_test, wanted, standardise, held_out) for i in chosen]
         chosen_c = ", ".join(f"{c:.3g}" for _, c in pairs)
         where = "the validation split" if has_validation else "a seeded 20 % of the training part"
@@ -227,83 +182,16 @@ def evaluate_regression(
             f"on both: {len(chosen[0])} train, {len(y_test)} test"
         )
         results = [result for result, _ in pairs]
-        task, protocol, results = label(TASKS[options.protocol], protocol, shots, results, options)
-        yield task, cli.Outcome(results, candidates, protocol, None)
-
-
-def initial_head(
-    extractor: Extractor, test: EvalSplit, names: list[str], start: str
-) -> tuple[torch.Tensor | None, str | None]:
-    """Weights (K, D) to start from for the K classes `names`, `text` (with the templates of `test`)
-    or `random`, and the digest of the prompts.
-
-    Every process must call it; the text features are the main process's.
-    """
-    if start == "text":
-        class_texts, templates = test.row.class_texts(names), test.templates()
-        digest = rows.prompt_digest(class_texts, templates)
-        return extractor.class_weights(class_texts, templates), digest
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(names), extractor.model.embed_dim)
-    return torch.randn(shape, generator=generator) * INITIAL_DEVIATION, None
-
-
-def evaluate_elevater(
-    extractor: Extractor, row: EvalDataset, options: argparse.Namespace
-) -> Iterator[tuple[str, cli.Outcome]]:
-    """ELEVATER's protocol; the first metric of the registry's row guides the search.
-
-    The head has one output for each class of `source_classes.meet`: all that were trained.
-    """
-    splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
-    names, y, truth = classes.names, classes.targets["train"], classes.targets["test"]
-    head, digest = initial_head(extractor, splits["test"], names, options.head_init)
-    features = read(extractor, splits)
-    if features is None:
-        return
-    device = extractor.accelerator.device
-    x, x_test = (features[name]["feature"].to(device) for name in ("train", "test"))
-    wanted = row.tasks["linear_probe"]
-    head = head.to(device)
-    for shots, chosen in subsets(y, len(names), options):
-        results, pairs = [], []
-        for indices in chosen:
-            part, labels = x[indices], y[indices]
-            limit = SEARCH_LIMITS.get(row.name)
-            searched = slice(None)
-            if limit and np.bincount(labels).max() > limit:  # two classes, one label an image
-                # As the toolkit: a few-shot subset, with the seed of its configuration, 0.
-                searched = few_shot.subset(labels, len(names), limit, seed=0)
-            pairs.append(search_on(part[searched], labels[searched], head, wanted[0]))
-            targets = torch.from_numpy(labels).to(device)
-            results.append(
-                elevater_probe.final(part, targets, head, pairs[-1], x_test, truth, wanted)
-            )
-        protocol = (
-            "ELEVATER protocol: batch norm without affine part and a linear layer on the "
-            f"normalised projected features, head from {options.head_init}, SGD; learning rate and "
-            f"weight decay {', '.join(f'{r:.3g} {d:.3g}' for r, d in pairs)} by {wanted[0]} on the "
-            f"first 20 % of each class, {elevater_probe.TRIAL_EPOCHS} epochs a trial; then "
-            f"{elevater_probe.FINAL_EPOCHS} epochs on all: {len(chosen[0])} train, {len(truth)} "
-            "test; best_epoch is chosen on the test set, as published"
+        task, protocol, results = few_shot.label(
+            TASKS[options.protocol], protocol, shots, results, options.seeds
         )
-        task, protocol, metric_values = label(TASKS["elevater"], protocol, shots, results, options)
-        yield task, cli.Outcome(metric_values, len(names), protocol, digest)
-
-
-def search_on(
-    features: torch.Tensor, labels: np.ndarray, head: torch.Tensor, metric: str
-) -> tuple[float, float]:
-    """`elevater_probe.search` with ELEVATER's tuning split."""
-    targets = torch.from_numpy(labels).to(features.device)
-    mask = elevater_probe.tuning_mask(labels)
-    return elevater_probe.search(features, targets, mask, head, metric)
+        yield task, cli.Outcome(results, candidates, protocol, None)
 
 
 def options_parser() -> argparse.ArgumentParser:
     """Arguments beside those of every evaluation."""
     parser = CommandParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--protocol", choices=TASKS, default="standardised")
+    parser.add_argument("--protocol", choices=(*TASKS, "elevater"), default="standardised")
     parser.add_argument("--shots", type=int, nargs="+", help="training samples a class")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the subsets (default: 0 1 2)")
     parser.add_argument("--head-init", choices=("text", "random"), help="elevater (default: text)")
@@ -323,7 +211,7 @@ def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     if options.protocol == "standardised" and not options.shots:
         cli.run("linear_probe", about, evaluate, rest, registry)
         return
-    task = evaluate_elevater if options.protocol == "elevater" else evaluate_regression
+    task = elevater_probe.evaluate if options.protocol == "elevater" else evaluate_regression
     evaluate_options = partial(task, options=options)
     protocols.run("linear_probe", "linear_probe", about, evaluate_options, rest, registry)
 

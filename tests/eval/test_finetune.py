@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from eval import cli, features, finetune, linear_probe, zero_shot
+from eval import cli, features, finetune, zero_shot
 from eval.features import Extractor
 from eval.sources.registry import Registry
 from eval.sources.splits import EvalSplit
@@ -70,7 +70,7 @@ def test_text_head_starts_as_the_zero_shot_classifier(emoji):
     row = Registry(emoji).datasets["emoji"]
     test = EvalSplit(row, "test", extractor.size)
     names = test.class_names()[1]
-    head, digest = linear_probe.initial_head(extractor, test, names, "text")
+    head, digest = features.initial_head(extractor, test, names, "text")
     model = finetune.Classifier(run.model, head).eval()
 
     def logits(images):
