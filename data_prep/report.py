@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_prep.checks import concepts
 from data_prep.checks.report_collect import Source, collect, iterate_captions, open_source
-from data_prep.checks.report_figures import draw
 from data_prep.sets import set_folder
 from loaders.errors import run_cli
 from loaders.specs import as_path
@@ -88,6 +87,9 @@ def report(outs: list[Path], model: str | None, workers: int, output: Path) -> l
         source = open_source(out)
         facts = collect(source)
         sets.append(facts | {"table_1": table_1(source, facts, model, workers), "model": model})
+    # Late: --help and a missing folder should not wait for matplotlib.
+    from data_prep.checks.report_figures import draw
+
     output.mkdir(parents=True, exist_ok=True)
     draw(sets, output / "report.png")
     set_folder.replace_file(output / "report.md", markdown(sets))

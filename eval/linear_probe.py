@@ -7,213 +7,54 @@ Protocols (`--protocol`), each with rows of its own task name:
   the quickstart runs.
 - `clip` (linear_probe_clip): CLIP's (Radford et al. 2021, appendix A.3): the same on the features
   as they come, with the validation split where the set has one.
-- `elevater` (linear_probe_elevater): `eval.elevater_probe`.
+- `elevater` (linear_probe_elevater): `eval/tasks/elevater_probe.py`.
 
 With `--shots 5 20 50 --seeds 0 1 2` the training set is cut to so many samples a class and the task
 name ends in `_5shot`.
 """
 
-import argparse
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: Python put eval/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from eval import cli
+from eval.sources.registry import REGISTRY
+from loaders.errors import CommandParser, ConfigError, run_cli
 
-from eval import cli, elevater_probe, few_shot, metrics, metrics_scores, protocols
-from eval.features import Extractor, finite_images
-from eval.sources import common_classes
-from eval.sources.registry import REGISTRY, EvalDataset
-from eval.sources.splits import EvalSplit
-from loaders.errors import CommandParser, ConfigError, DataError, run_cli
-
-# Inverse regularisation strengths: 97 points, 8 per decade, as wide as the CLIP paper's search.
-C_GRID = np.logspace(-6, 6, 97)
-VALIDATION_SHARE = 0.2
-MAX_ITERATIONS = 1000
-TASKS = {"standardised": "linear_probe", "clip": "linear_probe_clip"}
+PROTOCOLS = ("standardised", "clip", "elevater")
 
 
-def probe(c: float, standardise: bool = True) -> Pipeline:
-    """Multinomial logistic regression with inverse strength `c` of the L2 penalty (L-BFGS), after
-    standardisation by the training part's mean and deviation if asked for."""
-    steps = [StandardScaler()] if standardise else []
-    return make_pipeline(*steps, LogisticRegression(C=c, max_iter=MAX_ITERATIONS))
-
-
-def validation_mask(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """(n,) bool, True = held out: a seeded fifth of every class, rounded down.
-
-    A class with fewer than 5 samples stays whole in the fitting part. If that leaves no
-    validation sample, raises DataError.
-    """
-    generator = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        held_out[members[: int(VALIDATION_SHARE * len(members))]] = True
-    if not held_out.any():
-        raise DataError("linear probe: no class has 5 training samples, nothing to validate on")
-    return held_out
-
-
-def search_c(
-    features: np.ndarray,
-    labels: np.ndarray,
-    standardise: bool = True,
-    held_out: np.ndarray | None = None,
-) -> float:
-    """The C of `C_GRID` with the best top-1 on the validation part; features (n, W), labels (n,).
-
-    Coarse to fine like the CLIP paper's (Radford et al. 2021, appendix A.3): every 16th point,
-    then the two neighbours of the best at distance 8, 4, 2 and 1. Ties go to the smaller C.
-    `held_out` (n,) bool marks the validation part, `validation_mask` if absent.
-    """
-    held_out = validation_mask(labels) if held_out is None else held_out
-    score: dict[int, float] = {}
-
-    def best_of(points) -> int:
-        for point in points:
-            if 0 <= point < len(C_GRID) and point not in score:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConvergenceWarning)  # the refit reports it
-                    model = probe(C_GRID[point], standardise)
-                    model.fit(features[~held_out], labels[~held_out])
-                score[point] = model.score(features[held_out], labels[held_out])
-        return max(sorted(score), key=score.__getitem__)
-
-    best = best_of(range(0, len(C_GRID), 16))
-    for distance in (8, 4, 2, 1):
-        best = best_of((best - distance, best + distance))
-    return float(C_GRID[best])
-
-
-def regress(
-    x: np.ndarray,
-    y: np.ndarray,
-    x_test: np.ndarray,
-    y_test: np.ndarray,
-    wanted: Sequence[str],
-    standardise: bool,
-    held_out: np.ndarray | None = None,
-) -> tuple[dict[str, dict], float]:
-    """Metrics `wanted` of a logistic regression with the C that its search prefers, refitted on all
-    of x, and that C. A test sample whose class has no training sample counts as an error."""
-    c = search_c(x, y, standardise, held_out)
-    model = probe(c, standardise).fit(x, y)
-    correct = model.predict(x_test) == y_test
-    found = {
-        "top1": metrics.hit_rate(correct),
-        "mean_per_class": metrics.group_mean(correct, y_test),
-    }
-    if "roc_auc" in wanted:
-        positive = y_test == model.classes_[1]
-        found["roc_auc"] = metrics_scores.area_under_roc(model.decision_function(x_test), positive)
-    return {name: found[name] for name in wanted}, c
-
-
-def open_labelled(
-    row: EvalDataset, fitted: Sequence[str], crop: int
-) -> tuple[dict[str, EvalSplit], common_classes.CommonClasses]:
-    """`common_classes.open_splits`; DataError for several labels per image, which a regression
-    cannot take."""
-    splits, classes = common_classes.open_splits(row, fitted, crop)
-    if classes.multilabel:
-        raise DataError(f"{row.name}: several labels per image; use --protocol elevater")
-    return splits, classes
-
-
-def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
-    """Top-1 and mean per-class recall of a logistic regression on standardised `pooled` image
-    features, among the classes of `common_classes.meet`."""
-    splits, classes = open_labelled(row, ("train",), extractor.size)
-    features = finite_images(extractor, splits)
-    if features is None:
-        return None
-    x, x_test = (features[name]["pooled"].double().numpy() for name in ("train", "test"))
-    y, y_test = classes.targets["train"], classes.targets["test"]
-    results, c = regress(x, y, x_test, y_test, row.tasks["linear_probe"], standardise=True)
-    return cli.Outcome(
-        results,
-        classes=len(classes.names),
-        protocol=(
-            "logistic regression (L-BFGS) on the image features before projection, standardised "
-            f"by the training part; C = {c:.3g} from a seeded 20 % of the training part, then "
-            f"refitted on all of it: {len(y)} train, {len(y_test)} test"
-        ),
-        digest=None,
-    )
-
-
-def evaluate_regression(
-    extractor: Extractor, row: EvalDataset, options: argparse.Namespace
-) -> Iterator[tuple[str, cli.Outcome]]:
-    """CLIP's protocol, or the standardised one with few shots."""
-    has_validation = "val" in row.splits and options.protocol == "clip" and not options.shots
-    fitted = ("train", "val") if has_validation else ("train",)
-    splits, classes = open_labelled(row, fitted, extractor.size)
-    features = finite_images(extractor, splits)
-    if features is None:
-        return
-    x = np.concatenate([features[name]["pooled"].double().numpy() for name in fitted])
-    y = np.concatenate([classes.targets[name] for name in fitted])
-    held_out = np.arange(len(y)) >= len(splits["train"]) if has_validation else None
-    x_test, y_test = features["test"]["pooled"].double().numpy(), classes.targets["test"]
-    standardise = options.protocol == "standardised"
-    candidates, wanted = len(classes.names), row.tasks["linear_probe"]
-    for shots, chosen in few_shot.subsets(y, candidates, options.shots, options.seeds):
-        pairs = [regress(x[i], y[i], x_test, y_test, wanted, standardise, held_out) for i in chosen]
-        chosen_c = ", ".join(f"{c:.3g}" for _, c in pairs)
-        where = "the validation split" if has_validation else "a seeded 20 % of the training part"
-        protocol = (
-            f"{options.protocol} protocol: logistic regression (L-BFGS, at most {MAX_ITERATIONS} "
-            "iterations) on the image features before projection, "
-            f"{'standardised by the training part' if standardise else 'not standardised'}; "
-            f"C = {chosen_c} (97 points, 1e-6 to 1e6, coarse to fine) from {where}, then refitted "
-            f"on both: {len(chosen[0])} train, {len(y_test)} test"
-        )
-        results = [result for result, _ in pairs]
-        task, protocol, results = few_shot.label(
-            TASKS[options.protocol], protocol, shots, results, options.seeds
-        )
-        yield task, cli.Outcome(results, candidates, protocol, None)
-
-
-def options_parser() -> argparse.ArgumentParser:
-    """Arguments beside those of every evaluation."""
-    parser = CommandParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--protocol", choices=(*TASKS, "elevater"), default="standardised")
+def options_parser() -> CommandParser:
+    """Arguments of this command."""
+    parser = cli.parser("linear_probe", "Linear probe on frozen features.")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="standardised")
     parser.add_argument("--shots", type=int, nargs="+", help="training samples a class")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the subsets (default: 0 1 2)")
     parser.add_argument("--head-init", choices=("text", "random"), help="elevater (default: text)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
+def main(argv: Sequence[str] | None = None, registry: Path | str = REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
-    options, rest, about = protocols.parse(
-        "linear_probe", "Linear probe on frozen features.", options_parser(), argv
-    )
-    if options.seeds and not options.shots:
+    args = options_parser().parse_args(argv)
+    if args.seeds and not args.shots:
         raise ConfigError("--seeds draws few-shot subsets: it needs --shots")
-    if options.head_init and options.protocol != "elevater":
+    if args.head_init and args.protocol != "elevater":
         raise ConfigError("--head-init belongs to --protocol elevater")
-    options.seeds, options.head_init = options.seeds or [0, 1, 2], options.head_init or "text"
-    if options.protocol == "standardised" and not options.shots:
-        cli.run("linear_probe", about, evaluate, rest, registry)
+    args.seeds, args.head_init = args.seeds or [0, 1, 2], args.head_init or "text"
+    chosen = cli.choose(args, "linear_probe", registry)
+    # Late: torch and the towers take ten seconds, and the answers above should not.
+    from eval.tasks import elevater_probe, evaluation, linear_probe
+
+    if args.protocol == "standardised" and not args.shots:
+        evaluation.run(args, chosen, "linear_probe", linear_probe.evaluate)
         return
-    task = elevater_probe.evaluate if options.protocol == "elevater" else evaluate_regression
-    evaluate_options = partial(task, options=options)
-    protocols.run("linear_probe", "linear_probe", about, evaluate_options, rest, registry)
+    task = elevater_probe if args.protocol == "elevater" else linear_probe
+    evaluation.run_protocols(args, chosen, partial(task.evaluate_protocol, options=args))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 from eval import rows
 from eval.report import paper_join, paper_tables, render, render_bars, render_names, render_paper
 from eval.report.table import Column, Line, Table
+from eval.sources.presence import absent_splits
 from eval.sources.registry import EvalDataset, Registry
-from eval.sources.splits import absent_splits
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
@@ -119,7 +119,7 @@ def _left_out(absent: list[EvalDataset]) -> list[str]:
 
 
 def join(found: list[dict], folder: Path, registry: Registry | None = None) -> Table:
-    """One table of result rows (dicts in the shape of `rows.make_rows`).
+    """One table of result rows (dicts in the shape of `tasks.outcome.make_rows`).
 
     A line is a (run, checkpoint), a column is (data set, task, metric, n, k). Cells without a row
     stay empty, and `commands` names the commands that fill them into `folder`. An optional set that

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from eval import plots, tables
-from eval.report import render
+from eval.report import pictures, render
+from eval.report.table import Column
 from eval.sources.registry import Registry
 from loaders.errors import ConfigError, DataError
 from tests.eval.test_end_to_end import evaluate
@@ -228,12 +229,12 @@ def test_plots_make_every_picture_and_one_self_contained_page(world, tmp_path):
 
 
 def test_chance_of_mean_recall(tmp_path):
-    column = tables.Column("toy", "retrieval", "mean_recall", 80, None)
+    column = Column("toy", "retrieval", "mean_recall", 80, None)
     texts = result("a", "toy", "retrieval", "text_to_image_r1", 1.0, n=50)
     # Six numbers: 1, 5 and 10 of 50, once per direction.
-    assert plots.chance_level(column, [texts]) == pytest.approx((2 + 10 + 20) / 3)
-    column = tables.Column("toy", "zero_shot", "top1", 80, 25)
-    assert plots.chance_level(column, []) == 4
+    assert pictures.chance_level(column, [texts]) == pytest.approx((2 + 10 + 20) / 3)
+    column = Column("toy", "zero_shot", "top1", 80, 25)
+    assert pictures.chance_level(column, []) == 4
 
 
 def test_shipped_registry_metrics_all_have_names():

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eval import cli, elevater_metrics, few_shot
-from eval.features import Extractor, finite_images, initial_head
 from eval.sources import common_classes
 from eval.sources.registry import EvalDataset
+from eval.tasks import elevater_metrics, few_shot
+from eval.tasks.features import Extractor, finite_images, initial_head
+from eval.tasks.outcome import Outcome
 from loaders.errors import DataError
 
 TASK = "linear_probe_elevater"
@@ -35,8 +36,7 @@ FINAL_EPOCHS = 50
 TUNING_SHARE = 0.2
 # Largest number of weights trained at once: trials x classes x (features + 1).
 WEIGHTS_AT_ONCE = 2**27
-# The toolkit searches on at most so many samples of a class (commands/linear_probe.py).
-SEARCH_LIMITS = {"patch-camelyon": 10_000}
+SEARCH_LIMITS = {"patch-camelyon": 10_000}  # samples of a class, in commands/linear_probe.py
 
 
 @dataclass
@@ -256,18 +256,18 @@ def final(
 def search_on(
     features: Tensor, labels: np.ndarray, classes: int, head: Tensor, metric: str, limit: int | None
 ) -> tuple[float, float]:
-    """`search` with ELEVATER's tuning split, on at most `limit` samples of a class."""
+    """`search` with ELEVATER's tuning split, on at most `limit` samples of a class: as the toolkit
+    on a few-shot subset, with the seed of its configuration, 0."""
     if limit and np.bincount(labels).max() > limit:  # two classes, one label an image
-        # As the toolkit: a few-shot subset, with the seed of its configuration, 0.
         chosen = few_shot.subset(labels, classes, limit, seed=0)
         features, labels = features[chosen], labels[chosen]
     targets = torch.from_numpy(labels).to(features.device)
     return search(features, targets, tuning_mask(labels), head, metric)
 
 
-def evaluate(
+def evaluate_protocol(
     extractor: Extractor, row: EvalDataset, options: argparse.Namespace
-) -> Iterator[tuple[str, cli.Outcome]]:
+) -> Iterator[tuple[str, Outcome]]:
     """Search and final training on a data set; the first metric of the registry's row guides.
 
     The head has one output for each class of `common_classes.meet`: all that were trained.
@@ -297,4 +297,4 @@ def evaluate(
             "set, as published"
         )
         task, protocol, results = few_shot.label(TASK, protocol, shots, results, options.seeds)
-        yield task, cli.Outcome(results, len(names), protocol, digest)
+        yield task, Outcome(results, len(names), protocol, digest)
