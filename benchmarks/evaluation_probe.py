@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from benchmarks import evaluation_zero_shot, harness
-from eval import cli, elevater_metrics, elevater_probe, linear_probe
-from eval.features import Extractor
 from eval.sources import common_classes
 from eval.sources.registry import REGISTRY, EvalDataset, Registry
+from eval.tasks import elevater_metrics, elevater_probe, evaluation, features
+from eval.tasks.features import Extractor
 from loaders import views
 from models import weights
 
@@ -52,8 +52,8 @@ def shortened(quick: bool) -> Iterator[None]:
 def ours(run: weights.LoadedRun, row: EvalDataset) -> dict[str, float]:
     """What `python -m eval.linear_probe --protocol elevater` does, without an earlier cache."""
     with tempfile.TemporaryDirectory() as cache:
-        extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
-        ((_, outcome),) = linear_probe.evaluate_elevater(extractor, row, OPTIONS)
+        extractor = Extractor(evaluation.make_accelerator(), run, Path(cache), 256, 0)
+        ((_, outcome),) = elevater_probe.evaluate_protocol(extractor, row, OPTIONS)
     return {name: found["value"] for name, found in outcome.metrics.items()}
 
 
@@ -66,10 +66,10 @@ class OverImages:
     def __init__(self, run: weights.LoadedRun, row: EvalDataset) -> None:
         """Decode the images of both splits and make the starting head."""
         with tempfile.TemporaryDirectory() as cache:
-            extractor = Extractor(cli.make_accelerator(), run, Path(cache), 256, 0)
+            extractor = Extractor(evaluation.make_accelerator(), run, Path(cache), 256, 0)
             splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
             train, test = splits["train"], splits["test"]
-            self.head = linear_probe.initial_head(extractor, test, classes.names, "text")[0]
+            self.head = features.initial_head(extractor, test, classes.names, "text")[0]
         self.tower, self.mean, self.std = extractor.model, extractor.mean, extractor.std
         self.labels, self.truth = classes.targets["train"], classes.targets["test"]
         self.images = torch.stack([train[i] for i in range(len(train))])

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import harness
-from eval import metrics
+from eval.tasks import metrics
 
 DIMENSION, CAPTIONS, BATCH = 512, 5, 64
 MIB = 2**20

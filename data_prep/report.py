@@ -89,6 +89,9 @@ def report(outs: list[Path], model: str | None, workers: int, output: Path) -> l
         source = open_source(out)
         facts = collect(source)
         sets.append(facts | {"table_1": table_1(source, facts, model, workers), "model": model})
+    # Late: --help and a missing folder should not wait for matplotlib.
+    from data_prep.checks.report_figures import draw
+
     output.mkdir(parents=True, exist_ok=True)
     draw(sets, output / "report.png")
     set_folder.replace_file(output / "report.md", markdown(sets))

@@ -5,22 +5,14 @@ others: the same command later gives the same number. Rows go to RUN/evals.jsonl
 steps, which an earlier attempt of a resumed run left there, are dropped.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval import cli, knn, retrieval, rows, zero_shot
-from eval.features import Extractor
-from eval.sources import common_classes
+from eval.sources.presence import present
 from eval.sources.registry import REGISTRY, EvalDataset, Registry
-from eval.sources.splits import EvalSplit, present
 from loaders.errors import ConfigError
-from models import weights
 
-TASKS = {"zero_shot": zero_shot.evaluate, "retrieval": retrieval.evaluate, "knn": knn.evaluate}
-EVALS = "evals.jsonl"
+TASKS = ("zero_shot", "retrieval", "knn")
 
 
 def select(
@@ -37,22 +29,14 @@ def select(
     for task, names in plan.items():
         if task not in TASKS:
             raise ConfigError(f"evals.{task}: one of {', '.join(TASKS)}")
-        for row in known.select(list(names), task, None):
-            if present(row, task, row.name in names):
-                _open(task, row)
-                chosen.append((task, row))
+        rows = known.select(list(names), task, None)
+        chosen += [(task, row) for row in rows if present(row, task, row.name in names)]
+    # Late: torch takes seconds, and a wrong name should not wait for it. But here, and not at the
+    # first checkpoint, where a training would find out hours later that something cannot be loaded.
+    from eval.tasks import checkpoint
+
+    checkpoint.open_sets(chosen)
     return chosen
-
-
-def _open(task: str, row: EvalDataset) -> None:
-    """Open what `task` reads of `row`: what is wrong with its classes must not wait for the first
-    checkpoint. No image is decoded, so the crop does not matter."""
-    if task == "knn":
-        common_classes.open_splits(row, ("train",), crop=1)
-        return
-    split = EvalSplit(row, "test", crop=1)
-    if task == "zero_shot":
-        split.class_names()
 
 
 def evaluate(
@@ -69,29 +53,6 @@ def evaluate(
     Returns:
         The rows on the main process, an empty list on the others.
     """
-    accelerator = cli.make_accelerator()
-    loaded = weights.load(checkpoint)
-    run = checkpoint.resolve().parents[1]
-    cache = run / ".evals"
-    extractor = Extractor(accelerator, loaded, cache, batch_size, workers)
-    found = []
-    for task, row in chosen:
-        outcome = TASKS[task](extractor, row)
-        if outcome is not None:
-            found += cli.make_rows(loaded, row, task, outcome)
-    if accelerator.is_main_process:
-        _replace(run / EVALS, found, loaded.step)
-        shutil.rmtree(cache, ignore_errors=True)  # of no use for the next checkpoint
-    return found
+    from eval.tasks.checkpoint import evaluate as evaluate_now
 
-
-def _replace(path: Path, found: list[dict], step: int) -> None:
-    """Rewrite a file of rows: those before `step`, then the new ones."""
-    before = rows.read_rows(path) if path.exists() else []
-    kept = [row for row in before if row["step"] < step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *found]),
-        encoding="utf-8",
-    )
-    os.replace(scratch, path)
+    return evaluate_now(checkpoint, chosen, batch_size, workers)

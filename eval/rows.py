@@ -5,13 +5,10 @@ import hashlib
 import json
 import os
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 
-from eval.sources.registry import REPOSITORY, EvalDataset
+from eval.sources.registry import REPOSITORY
 from loaders.errors import DataError
-from models.provenance import training_git
-from models.weights import LoadedRun
 
 LOCK = ".rows.lock"  # held while a file of the folder is rewritten
 
@@ -28,69 +25,6 @@ def git_hash() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def run_folder(run: LoadedRun) -> Path | None:
-    """RUN of RUN/checkpoints/step_0001000; None for a model that is a file of its own."""
-    checkpoint = run.path.resolve()
-    return checkpoint.parents[1] if checkpoint.is_dir() else None
-
-
-def run_name(run: LoadedRun) -> str:
-    """What names the model in rows and pictures: the run folder's, the folder's or file's name."""
-    return run.name
-
-
-def samples_seen(run: LoadedRun) -> int | None:
-    """Samples trained on up to the checkpoint's step, from the run's metrics.jsonl; null if there
-    is no run folder, or its log has no line for that step."""
-    folder = run_folder(run)
-    log = None if folder is None else folder / "metrics.jsonl"
-    if log is None or not log.exists():
-        return None
-    records = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    seen = [r["samples"] for r in records if r.get("step") == run.step and "samples" in r]
-    return seen[-1] if seen else None
-
-
-def make_rows(
-    run: LoadedRun,
-    dataset: EvalDataset,
-    task: str,
-    metrics: dict[str, dict],
-    classes: int | None,
-    protocol: str,
-    digest: str | None,
-) -> list[dict]:
-    """One row per metric that the registry names for this task, in its order."""
-    common = {
-        "task": task,
-        "protocol": protocol,
-        "checkpoint_hash": run.checkpoint_hash,
-        "step": run.step,
-        "samples_seen": samples_seen(run),
-        "run": run_name(run),
-        # A configuration need not have a name; the folder's then says which one it was.
-        "config_name": run.cfg.get("name", run_name(run)),
-        "recipe": run.cfg.get("recipe"),
-        "prompt_digest": digest,
-        "git_hash": git_hash(),
-        "training_git": training_git(run),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return [
-        {
-            "dataset": dataset.name,
-            "split": dataset.split_name("test"),
-            "n": metrics[name]["n"],
-            "classes": classes,
-            "metric": name,
-            "value": metrics[name]["value"],
-            "ci95": metrics[name]["ci95"],
-            **common,
-        }
-        for name in dataset.tasks[task]
-    ]
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -14,8 +14,8 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 from eval import rows
 from eval.report import paper_join, paper_tables, render, render_bars, render_names, render_paper
 from eval.report.table import Column, Line, Table
-from eval.sources.registry import Registry
-from eval.sources.splits import absent_splits
+from eval.sources.presence import absent_splits
+from eval.sources.registry import EvalDataset, Registry
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
@@ -73,24 +73,33 @@ def column_of(row: dict) -> Column:
     return Column(*measure, *size, render_names.protocol_name(row))
 
 
-def _columns(found: list[dict], registry: Registry) -> list[Column]:
-    """Columns in the registry's order: what was measured, and what a collection that was touched
-    still lacks."""
+def _owed(touched: set[str], registry: Registry) -> tuple[set[str], list[EvalDataset]]:
+    """Sets that a table of the sets `touched` has a place for, and optional ones that belong with
+    them but are not there: nobody can evaluate those, so they get no empty cells."""
+    owed: set[str] = set()
+    for members in registry.collections.values():
+        # Benchmark sets are all optional: nobody owes the other 26 for having evaluated one.
+        if touched & set(members) and not all(registry.datasets[m].optional for m in members):
+            owed |= set(members)
+    absent = [
+        row
+        for name, row in registry.datasets.items()
+        if name in owed - touched and row.optional and absent_splits(row)
+    ]
+    return owed - {row.name for row in absent}, absent
+
+
+def _columns(found: list[dict], owed: set[str], registry: Registry) -> list[Column]:
+    """Columns in the registry's order: what was measured, and what the sets `owed` still lack."""
     measured = {column_of(row) for row in found}
     seen = {column[:3] for column in measured}
-    touched = {column.dataset for column in measured}
     expected: list[tuple[str, str, str]] = []
     for row in registry.datasets.values():
         for task, metrics in row.tasks.items():
             expected += [(row.name, task, metric) for metric in metrics]
     position = {key: i for i, key in enumerate(expected)}
-    due = set()
-    for members in registry.collections.values():
-        # Benchmark sets are all optional: nobody owes the other 26 for having evaluated one.
-        if touched & set(members) and not all(registry.datasets[m].optional for m in members):
-            due |= set(members)
     lacking = [
-        Column(*key, n=None, classes=None) for key in expected if key[0] in due and key not in seen
+        Column(*key, n=None, classes=None) for key in expected if key[0] in owed and key not in seen
     ]
 
     def order(column: Column) -> tuple:
@@ -100,11 +109,21 @@ def _columns(found: list[dict], registry: Registry) -> list[Column]:
     return sorted([*measured, *lacking], key=order)
 
 
+def _left_out(absent: list[EvalDataset]) -> list[str]:
+    """One note with the sets that are not there and the commands that make them; or none."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for row in absent:
+        names[row.obtain].append(row.name)
+    how = "; ".join(f"{', '.join(sets)}: {command}" for command, sets in names.items())
+    return [f"Optional sets that are not there; obtain them with: {how}"] if absent else []
+
+
 def join(found: list[dict], folder: Path, registry: Registry | None = None) -> Table:
-    """One table of result rows (dicts in the shape of `rows.make_rows`).
+    """One table of result rows (dicts in the shape of `tasks.outcome.make_rows`).
 
     A line is a (run, checkpoint), a column is (data set, task, metric, n, k). Cells without a row
-    stay empty, and `commands` names the commands that fill them into `folder`. Results that differ
+    stay empty, and `commands` names the commands that fill them into `folder`. An optional set that
+    is not there has no column: a note names it, with the command that makes it. Results that differ
     in their prompts, and two results for one cell, raise DataError.
     """
     registry = registry or Registry()
@@ -121,7 +140,8 @@ def join(found: list[dict], folder: Path, registry: Registry | None = None) -> T
                 f"two results for {line.label}, {', '.join(column[:3])}: {first['value']} "
                 f"({first['protocol']}) and {row['value']} ({row['protocol']}); keep one of them"
             )
-    columns = _columns(found, registry)
+    owed, absent = _owed({row["dataset"] for row in found}, registry)
+    columns = _columns(found, owed, registry)
     protocols: dict[tuple, list[str]] = defaultdict(list)
     for column in columns:
         for key, line in lines.items():
@@ -132,7 +152,7 @@ def join(found: list[dict], folder: Path, registry: Registry | None = None) -> T
         f"{dataset}, {render_names.task_name(task)} ({', '.join(runs)}): {protocol}."
         for (dataset, task, protocol), runs in protocols.items()
     ]
-    notes += _code(found, labels)
+    notes += [*_left_out(absent), *_code(found, labels)]
     commands = [
         row.obtain
         for row in registry.datasets.values()

@@ -1,6 +1,7 @@
 """Commands run as files, `python eval/zero_shot.py`, from any folder."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,62 @@ def test_a_command_starts_as_a_file_from_another_folder(tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (3, "")
     assert "exit code 3: the same again would not help" in done.stdout
+
+
+def wrong_ones(folder):
+    """(module, arguments, exit code, words of the message): what a person gets wrong."""
+    given = [
+        "--checkpoint",
+        str(folder / "run"),
+        "--output",
+        str(folder),
+        "--data-root",
+        str(folder),
+    ]
+    for name, absent, there in (
+        ("zero_shot", "imagenet1k", "openclipart_classes"),
+        ("linear_probe", "imagenet1k", "openclipart_classes"),
+        ("finetune", "cifar-10", "openclipart_classes"),
+        ("retrieval", "flickr30k_1k", "openclipart_captions"),
+        ("knn", "cifar-10", None),  # no shipped set lists it
+    ):
+        command = f"eval.{name}"
+        yield command, [*given, "--datasets", "cifar"], 2, "did you mean"
+        yield command, [*given, "--datasets", absent], 3, f"{absent}: {folder}"
+        if there:
+            yield command, [*given, "--datasets", there], 3, f"{folder / 'run'}: no such file or"
+    sets = ["--checkpoint", str(folder), "--val", "-", "--output", str(folder)]
+    yield "eval.detection", [*sets, "--train", str(folder)], 3, "make the set with data_prep/coco"
+    yield "eval.tables", [str(folder / "none")], 3, "holds no result rows"
+    places = ["--results", str(folder / "none"), "--output", str(folder)]
+    yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"
+    places = [str(folder / "none"), "--output", str(folder)]
+    yield "data_prep.report", places, 3, "none"
+    for form in ("md", "tex", "csv", "html"):
+        yield "eval.tables", [str(folder), "--format", form], 0, "mean per class"
+
+
+def test_commands_answer_before_they_load_torch(tmp_path):
+    """Help, wrong flags, wrong names and missing folders; and tables of any text format."""
+    row = {"dataset": "emoji_twemoji", "task": "zero_shot", "metric": "mean_per_class", "n": 9}
+    row |= {"run": "a", "config_name": "a", "checkpoint_hash": "b", "step": 1, "classes": 3}
+    row |= {"value": 50.0, "ci95": [40.0, 60.0], "protocol": "c", "prompt_digest": "d"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    commands = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in COMMANDS
+        if path.parent in (ROOT / "eval", ROOT / "data_prep", ROOT / "models")
+    ]
+    assert len(commands) > 20
+    cases = [("eval.in_training", None, 0, "")]
+    cases += [(name, ["--help"], 0, "usage: ") for name in ("train", *commands)]
+    cases += [(name, ["--no-such"], 2, "error: ") for name in commands]
+    cases += wrong_ones(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.start_up"], cwd=ROOT, capture_output=True, text=True,
+        input=json.dumps([case[:2] for case in cases]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for case, (code, text, loaded) in zip(cases, json.loads(done.stdout), strict=True):
+        assert (code, loaded) == (case[2], []), (*case[:2], text)
+        assert case[3] in text, (*case[:2], text)

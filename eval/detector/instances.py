@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,31 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from eval.detector.categories import read_categories
 from loaders import manifest, views
 from loaders.errors import DataError
 
 SMALLEST_SIDE = 1.0  # pixels; narrower boxes teach nothing and break the targets
-
-
-def read_categories(folder: Path) -> list[dict]:
-    """Categories of the manifest in its order. Raises DataError for a set without, for a category
-    without name or id, and for two of one name or one id."""
-    path = folder / manifest.MANIFEST
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; make the set with data_prep/coco.py")
-    categories = json.loads(path.read_text(encoding="utf-8")).get("categories")
-    if not categories:
-        raise DataError(
-            f"{path} has no categories; make the set with data_prep/coco.py --task instances"
-        )
-    for key in ("name", "id"):
-        times = Counter(entry.get(key) for entry in categories)
-        if None in times:
-            raise DataError(f"{path}: a category has no {key}; make the set again")
-        twice = [value for value, count in times.items() if count > 1]
-        if twice:
-            raise DataError(f"{path}: several categories have the {key} {twice[:5]}; mend them")
-    return categories
 
 
 class Instances(Dataset):

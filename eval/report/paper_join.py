@@ -37,7 +37,7 @@ def join(
     """Fill `table` in place with our numbers, notes and commands, and return it.
 
     Args:
-        found: result rows (`rows.make_rows`). folder: where they are, for the commands.
+        found: result rows (`tasks.outcome.make_rows`). folder: where they are, for the commands.
 
     Raises:
         DataError: two results of one checkpoint for one measure (other protocol or prompts).

@@ -1,10 +1,11 @@
-"""Class folders as a source, and what a folder holds."""
+"""Class folders as a source."""
 
 from pathlib import Path
 
 import numpy as np
 
 from eval.sources.base import IMAGE_SUFFIXES, Source, decode_file, files_hash
+from eval.sources.presence import class_folders
 from loaders.errors import DataError
 
 
@@ -36,21 +37,3 @@ class FolderSource(Source):
 
     def where(self, i: int) -> str:
         return str(self._files[i])
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Names of the subfolders, sorted; hidden ones aside."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def recognise(folder: Path) -> str | None:
-    """What `folder` holds: shards, webdataset, huggingface, folder, or None for nothing known."""
-    if (folder / "manifest.json").is_file():
-        return "shards"
-    if not folder.is_dir():
-        return None
-    if any(folder.glob("*.tar")):
-        return "webdataset"
-    if (folder / "state.json").is_file() or any(folder.glob("*.parquet")):
-        return "huggingface"
-    return "folder" if class_folders(folder) else None

@@ -13,25 +13,13 @@ from torchvision.transforms import v2
 
 from eval.sources import base
 from eval.sources.base import Source
-from eval.sources.folder import FolderSource, recognise
+from eval.sources.folder import FolderSource
 from eval.sources.libraries import HuggingFaceSource, TorchvisionSource
-from eval.sources.registry import REGISTRY, REPOSITORY, EvalDataset, Registry
+from eval.sources.presence import recognise
+from eval.sources.registry import EvalDataset
 from eval.sources.shards import ShardSource, WebdatasetSource
 from loaders import manifest, texts, views
 from loaders.errors import DataError
-
-__all__ = [
-    "REGISTRY",
-    "REPOSITORY",
-    "EvalDataset",
-    "EvalSplit",
-    "Registry",
-    "absent_splits",
-    "present",
-]
-
-# Only these read no other split than the test split.
-TEST_ONLY = ("zero_shot", "retrieval")
 
 
 def open_source(row: EvalDataset, split: str) -> Source:
@@ -70,7 +58,7 @@ class EvalSplit(Dataset):
     Attributes:
         labels: (n,) class ids, those of the prompt file where the row has one; -1 = none. Without
             a prompt file they are positions in the list of this very source: labels of two splits
-            are compared through `source_classes.meet`.
+            are compared through `common_classes.meet`.
         targets: (n, K) bool over the same ids, for several labels per image; or None.
     """
 
@@ -269,30 +257,3 @@ class _Squash:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self._transform(image)
-
-
-def absent_splits(row: EvalDataset, task: str | None = None) -> list[str]:
-    """Names of the splits of `row` (that `task` reads) that are not on disk."""
-    needed = ["test"] if task in TEST_ONLY else list(row.splits)
-    if row.source == "shards":
-        return [s for s in needed if not (row.folder(s) / "manifest.json").exists()]
-    if row.source == "auto":
-        return [s for s in needed if recognise(row.folder(s)) is None]
-    return [s for s in needed if not row.folder(s).is_dir()]
-
-
-def present(row: EvalDataset, task: str | None = None, required: bool = False) -> bool:
-    """Whether the splits of `row` that `task` reads are on disk.
-
-    Absent and optional: prints how to obtain it and returns False. Absent and `required` or not
-    optional: raises DataError.
-    """
-    absent = absent_splits(row, task)
-    if not absent:
-        return True
-    message = f"{row.name}: {row.folder(absent[0])} is not there; obtain it with: "
-    message += " && ".join(dict.fromkeys(row.command(split) for split in absent))
-    if required or not row.optional:
-        raise DataError(message)
-    print(f"skipped {message}")
-    return False

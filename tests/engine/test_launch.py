@@ -12,7 +12,7 @@ import pytest
 
 import train
 from engine.launch import first_host, in_step, map_environment
-from eval import cli
+from eval.tasks import evaluation
 from loaders import errors
 from tests.multiprocess import free_port
 
@@ -123,7 +123,7 @@ def place(monkeypatch):
 
 def test_evaluation_in_the_shell_of_salloc_is_one_process(place):
     place(INTERACTIVE)
-    assert cli.make_accelerator().num_processes == 1
+    assert evaluation.make_accelerator().num_processes == 1
     assert "RANK" not in os.environ
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from eval import cli, rows, zero_shot
+from eval import rows, zero_shot
+from eval.tasks import evaluation, outcome
 from loaders.errors import ConfigError, DataError
 from models import weights
 from tests.multiprocess import fork_server
@@ -81,11 +82,11 @@ def test_nan_features_name_the_data_set(world, tmp_path, monkeypatch):
 
 def test_a_file_of_its_own_has_a_name_and_no_log(world, tmp_path):
     run = weights.load(world / "runs/tiny")
-    assert rows.samples_seen(run) == 7 * 64
+    assert outcome.samples_seen(run) == 7 * 64
     exported = weights.LoadedRun(
         run.model, run.cfg, None, run.checkpoint_hash, tmp_path / "swin.pth", "swin"
     )
-    assert (rows.run_name(exported), rows.samples_seen(exported)) == ("swin", None)
+    assert (exported.name, outcome.samples_seen(exported)) == ("swin", None)
 
 
 def srun_task(rank, size, job, queue):
@@ -100,7 +101,7 @@ def srun_task(rank, size, job, queue):
         SLURM_NTASKS=str(size),
         SLURM_STEP_NODELIST="localhost",
     )
-    accelerator = cli.make_accelerator()
+    accelerator = evaluation.make_accelerator()
     total = accelerator.gather(torch.tensor([accelerator.process_index + 1])).tolist()
     queue.put((accelerator.num_processes, accelerator.process_index, total))
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import models
 from data_prep.verify import verify
 from eval import detection
-from eval.detector import coco_metrics, mask_rcnn
+from eval.detector import coco_metrics, mask_rcnn, transfer
 from eval.detector.instances import Instances
 from eval.sources.registry import REPOSITORY
 from loaders import manifest
@@ -256,7 +256,7 @@ def test_metrics_are_those_of_pycocotools_on_the_official_file(coco, tmp_path):
 
 
 def test_schedule_is_the_1x_one():
-    factor = [detection.rate_factor(step, 1000, 12, 500) for step in range(12_000)]
+    factor = [transfer.rate_factor(step, 1000, 12, 500) for step in range(12_000)]
     assert factor[0] == pytest.approx(0.001)
     assert factor[250] == pytest.approx(0.5005)
     assert factor[500] == factor[7_999] == 1
@@ -380,13 +380,13 @@ def test_categories_of_two_sets_meet_by_name(coco, tmp_path):
 def test_a_detector_of_other_classes_is_not_continued(coco, tmp_path, monkeypatch):
     states, counts = [], []
     monkeypatch.setattr(mask_rcnn, "build", lambda *a: counts.append(a[2]))
-    monkeypatch.setattr(detection, "train", lambda *a: states.append(a[-1]))
-    monkeypatch.setattr(detection, "detect", lambda *a: None)
+    monkeypatch.setattr(transfer, "train", lambda *a: states.append(a[-1]))
+    monkeypatch.setattr(transfer, "detect", lambda *a: None)
     run = weights.load(write_run(tmp_path / "swin", "swin"))
     more = [*CATEGORIES[::-1], {"id": 9, "name": "third"}]
     for training in (coco / "val", renamed(coco, tmp_path / "val", more)):
         words = ["--checkpoint", "-", "--train", training, "--val", coco / "val", "--output", "-"]
         args = detection.options_parser().parse_args(list(map(str, words)))
-        assert detection.transfer(None, run, args) is None
+        assert transfer.transfer(None, run, args) is None
     assert counts == [2, 3]
     assert states[0] != states[1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from eval import elevater_probe, few_shot, linear_probe
+from eval import linear_probe
+from eval.tasks import elevater_probe, few_shot
 
 CLASSES, WIDTH = 3, 6
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
-from eval import cli, linear_probe, retrieval, zero_shot
+from eval import linear_probe, retrieval, zero_shot
 from eval.sources.registry import REPOSITORY
+from eval.tasks import evaluation
 from loaders import manifest, tokenizers, views
 from models import weights
 from tests import multiprocess
@@ -128,7 +129,7 @@ def test_retrieval_equals_brute_force(world, tmp_path):
 def all_tasks(rank, world_size, world, output):
     for task in TASKS:
         command(task, world, output)
-    return cli.make_accelerator().num_processes
+    return evaluation.make_accelerator().num_processes
 
 
 def test_two_processes_give_the_same_bits_and_order_as_one(world, tmp_path):

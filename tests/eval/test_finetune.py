@@ -7,10 +7,11 @@ import pytest
 import torch
 import yaml
 
-from eval import cli, features, finetune, linear_probe, zero_shot
-from eval.features import Extractor
+from eval import finetune as command_line
 from eval.sources.registry import Registry
 from eval.sources.splits import EvalSplit
+from eval.tasks import evaluation, features, finetune, zero_shot
+from eval.tasks.features import Extractor
 from loaders import views
 from models import weights
 from tests.eval.conftest import write_run
@@ -43,7 +44,7 @@ def command(emoji, output, *more):
     """Run `python -m eval.finetune` and return its rows by metric."""
     arguments = ["--checkpoint", str(emoji.parent / "runs/tiny"), "--datasets", "emoji"]
     arguments += ["--output", str(output), "--workers", "0", *map(str, more)]
-    finetune.main(arguments, emoji)
+    command_line.main(arguments, emoji)
     lines = (output / "tiny_finetune.jsonl").read_text().splitlines()
     return {row["metric"]: row for row in map(json.loads, lines)}
 
@@ -64,13 +65,13 @@ def test_loss_falls_accuracy_is_above_chance_and_seeds_repeat(emoji, tmp_path, m
 
 
 def test_text_head_starts_as_the_zero_shot_classifier(emoji):
-    accelerator = cli.make_accelerator()
+    accelerator = evaluation.make_accelerator()
     run = weights.load(emoji.parent / "runs/tiny")
     extractor = Extractor(accelerator, run, emoji.parent / "cache", 64, 0)
     row = Registry(emoji).datasets["emoji"]
     test = EvalSplit(row, "test", extractor.size)
     names = test.class_names()[1]
-    head, digest = linear_probe.initial_head(extractor, test, names, "text")
+    head, digest = features.initial_head(extractor, test, names, "text")
     model = finetune.Classifier(run.model, head).eval()
 
     def logits(images):

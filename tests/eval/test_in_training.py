@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eval import in_training, zero_shot
+from eval.tasks import checkpoint
 from loaders.errors import ConfigError, DataError
 from tests import commands
 
@@ -35,8 +36,8 @@ def test_rows_equal_those_of_the_command_and_a_resumed_run_has_no_later_ones(tmp
         (r["metric"], r["value"], r["checkpoint_hash"]) for r in rows[3:]
     ]
     # What an attempt left that got further than its last checkpoint does not stay.
-    kept = in_training.EVALS
-    in_training._replace(run / kept, rows[:3], step=2)
+    kept = checkpoint.EVALS
+    checkpoint._replace(run / kept, rows[:3], step=2)
     assert [row["step"] for row in read(run / kept)] == [2, 2, 2]
 
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 from sklearn.neighbors import KNeighborsClassifier
 
-from eval import knn, metrics
+from eval import knn as command_line
+from eval.tasks import knn, metrics
 from loaders.errors import DataError
 
 
@@ -40,7 +41,7 @@ def test_command_writes_rows(world, tmp_path):
     (tmp_path / "registry.yaml").write_text(yaml.safe_dump(registry))
     arguments = ["--checkpoint", str(world / "runs/tiny"), "--datasets", "toy_classes"]
     arguments += ["--output", str(tmp_path), "--batch-size", "8", "--workers", "0"]
-    knn.main(arguments, tmp_path / "registry.yaml")
+    command_line.main(arguments, tmp_path / "registry.yaml")
     rows = [json.loads(line) for line in (tmp_path / "tiny_knn.jsonl").read_text().splitlines()]
     assert [row["metric"] for row in rows] == ["top1", "mean_per_class"]
     assert all(row["n"] == 19 and 0 <= row["value"] <= 100 for row in rows)

@@ -9,7 +9,8 @@ from scipy import optimize
 from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 
-from eval import linear_probe
+from eval import linear_probe as command_line
+from eval.tasks import linear_probe
 from loaders.errors import ConfigError, DataError
 
 
@@ -85,7 +86,7 @@ def command(world, output, registry, *more):
     """Run `python -m eval.linear_probe` on the toy set and return the rows of all its files."""
     arguments = ["--checkpoint", str(world / "runs/tiny"), "--datasets", "toy_classes"]
     arguments += ["--output", str(output), "--batch-size", "16", "--workers", "0", *more]
-    linear_probe.main(arguments, registry)
+    command_line.main(arguments, registry)
     files = sorted(output.glob("*.jsonl"))
     return {
         (row["task"], row["metric"]): row

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from eval import metrics
+from eval.tasks import metrics
 from loaders.errors import DataError
 
 

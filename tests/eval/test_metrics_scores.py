@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
-from eval import metrics_scores
+from eval.tasks import metrics_scores
 from loaders.errors import DataError
 
 

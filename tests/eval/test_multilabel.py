@@ -8,10 +8,11 @@ import torch
 import yaml
 from sklearn.metrics import precision_recall_curve
 
-from eval import cli, finetune, linear_probe, zero_shot
-from eval.features import Extractor
+from eval import finetune, linear_probe, zero_shot
 from eval.sources.registry import REPOSITORY, Registry
 from eval.sources.splits import EvalSplit
+from eval.tasks import evaluation
+from eval.tasks.features import Extractor
 from loaders import manifest
 from models import weights
 from tests.eval.conftest import drawing
@@ -86,7 +87,7 @@ def expected_map(scores, targets):
 def test_zero_shot_is_the_mean_precision_of_the_softmax(world, voc, tmp_path):
     row = command(zero_shot.main, world, voc, tmp_path)["map_11_point"]
     run = weights.load(world / "runs/tiny")
-    extractor = Extractor(cli.make_accelerator(), run, tmp_path / "cache", 16, 0)
+    extractor = Extractor(evaluation.make_accelerator(), run, tmp_path / "cache", 16, 0)
     split = EvalSplit(Registry(voc / "registry.yaml").datasets["voc"], "test", extractor.size)
     texts = split.row.class_texts(split.class_names()[1])
     weight = extractor.class_weights(texts, split.templates()).double()

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from eval.sources import base
+from eval.sources.presence import absent_splits, present
 from eval.sources.registry import REPOSITORY, EvalDataset, Registry
-from eval.sources.splits import EvalSplit, absent_splits, present, subset_ids
+from eval.sources.splits import EvalSplit, subset_ids
 from loaders import texts
 from loaders.errors import ConfigError, DataError
 from tests.eval.conftest import drawing, write_set

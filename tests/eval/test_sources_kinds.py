@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 from eval.sources import base
+from eval.sources.presence import absent_splits
 from eval.sources.registry import EvalDataset
-from eval.sources.splits import EvalSplit, absent_splits, subset_ids
+from eval.sources.splits import EvalSplit, subset_ids
 from loaders import manifest
 from loaders.errors import ConfigError, DataError
 

@@ -4,14 +4,15 @@ import csv
 import io
 import json
 import re
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from eval import plots, tables
-from eval.report import render
-from eval.sources.registry import REPOSITORY, Registry
+from eval.report import pictures, render
+from eval.report.table import Column
+from eval.sources.registry import Registry
 from loaders.errors import ConfigError, DataError
 from tests.eval.test_end_to_end import evaluate
 
@@ -56,11 +57,37 @@ def test_cells_join_by_run_and_column_and_missing_ones_name_their_command(tmp_pa
     command = "python -m eval.linear_probe --checkpoint FOLDER_OF_RUN/labels --datasets "
     assert f"{command}openclipart_classes" in text
     assert f"--output {tmp_path / 'results'}" in text
-    # Never evaluated, but part of the collection: a line of dashes, and how to get what is absent.
+    # Never evaluated, but part of the collection: a line of dashes.
     assert cells["openclipart_captions", "retrieval mean R@1,5,10", ""]["unicl"] == "—"
-    assert cells["stamps_classes", "zero-shot top-1", ""]["unicl"] == "—"
-    stamps = Path(REPOSITORY / "data/quickstart/stamps/manifest.json").exists()
-    assert ("python data_prep/quickstart.py --stamps" in text) != stamps
+
+
+def test_optional_sets_that_are_not_there_are_one_line(tmp_path):
+    registry, stamps = Registry(), tmp_path / "stamps"
+    for name in ("stamps_classes", "stamps_captions"):
+        row = registry.datasets[name]
+        splits = {"test": {**row.splits["test"], "path": str(stamps)}}
+        registry.datasets[name] = replace(row, splits=splits)
+    table = tables.join(ROWS, tmp_path, registry)
+    for form in ("md", "tex", "html"):
+        (line,) = [t for t in getattr(render, form)(table).splitlines() if "stamps" in t]
+        assert "stamps_classes, stamps_captions: python data_prep/quickstart.py --stamps" in line
+    assert "stamps" not in render.csv(table)
+    # There, but not evaluated: empty cells and the command that fills them, as for any other set.
+    stamps.mkdir()
+    (stamps / "manifest.json").touch()
+    table = tables.join(ROWS, tmp_path, registry)
+    text = render.md(table)
+    assert len([t for t in text.splitlines() if t.startswith("| stamps_")]) == 3 + 7
+    assert "--stamps" not in text
+    assert any("stamps_classes" in command for command in table.commands)
+    # Not there any more, but evaluated: what is missing of it keeps its place.
+    (stamps / "manifest.json").unlink()
+    rows = [*ROWS, result("unicl", "stamps_classes", "zero_shot", "top1", 20.0)]
+    table = tables.join(rows, tmp_path, registry)
+    assert {c.metric for c in table.columns if c.dataset == "stamps_classes"} == {
+        "mean_per_class", "top1", "top5",
+    }  # fmt: skip
+    assert "python data_prep/quickstart.py --stamps" in table.commands
 
 
 def test_command_knows_runs_beside_the_results(tmp_path):
@@ -202,12 +229,12 @@ def test_plots_make_every_picture_and_one_self_contained_page(world, tmp_path):
 
 
 def test_chance_of_mean_recall(tmp_path):
-    column = tables.Column("toy", "retrieval", "mean_recall", 80, None)
+    column = Column("toy", "retrieval", "mean_recall", 80, None)
     texts = result("a", "toy", "retrieval", "text_to_image_r1", 1.0, n=50)
     # Six numbers: 1, 5 and 10 of 50, once per direction.
-    assert plots.chance_level(column, [texts]) == pytest.approx((2 + 10 + 20) / 3)
-    column = tables.Column("toy", "zero_shot", "top1", 80, 25)
-    assert plots.chance_level(column, []) == 4
+    assert pictures.chance_level(column, [texts]) == pytest.approx((2 + 10 + 20) / 3)
+    column = Column("toy", "zero_shot", "top1", 80, 25)
+    assert pictures.chance_level(column, []) == 4
 
 
 def test_shipped_registry_metrics_all_have_names():

@@ -1,5 +1,6 @@
 """Two gloo processes find what one finds: probes, neighbours, fine-tuning, detection."""
 
+import argparse
 import re
 from functools import partial
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 import yaml
 
-from eval import cli, detection, finetune, knn, linear_probe
-from eval.detector import mask_rcnn
+from eval import detection, knn, linear_probe
+from eval.detector import mask_rcnn, transfer
 from eval.detector.instances import Instances
-from eval.features import Extractor
 from eval.sources import common_classes
 from eval.sources.registry import Registry
+from eval.tasks import evaluation, finetune
+from eval.tasks.features import Extractor
 from loaders import views
 from models import weights
 from tests import multiprocess
@@ -29,7 +31,7 @@ def score(rank, world_size, world, registry, output):
     few = ["--shots", "5", "--seeds", "0", "1"]
     linear_probe.main([*common, "--protocol", "elevater", *few], registry)
     linear_probe.main([*common, "--protocol", "clip"], registry)
-    return cli.make_accelerator().num_processes
+    return evaluation.make_accelerator().num_processes
 
 
 def test_rows_of_probes_and_neighbours_are_equal(world, tmp_path):
@@ -51,7 +53,7 @@ def test_rows_of_probes_and_neighbours_are_equal(world, tmp_path):
 def fine_tune(rank, world_size, registry):
     """Losses of four steps on 128 images, and the weights."""
     run = weights.load(registry.parent / "runs/tiny")
-    accelerator = cli.make_accelerator()
+    accelerator = evaluation.make_accelerator()
     extractor = Extractor(accelerator, run, registry.parent / "cache", 64, 0)
     row = Registry(registry).datasets["emoji"]
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
@@ -60,8 +62,7 @@ def fine_tune(rank, world_size, registry):
     head = torch.randn(len(classes.names), run.model.embed_dim) * 0.02
     model = finetune.Classifier(run.model, head)
     normalize = partial(views.normalize, mean=extractor.mean, std=extractor.std)
-    options = ["--epochs", "2", "--lr", "1e-3"]
-    args = finetune.options_parser().parse_args(options)
+    args = argparse.Namespace(epochs=2, lr=1e-3, seed=0)
     found = finetune.train(accelerator, model, data, normalize, args, workers=0)
     return found, torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -80,17 +81,17 @@ def test_fine_tuning_takes_the_same_steps(emoji):  # noqa: F811
 
 def detect(rank, world_size, folder, output):
     """Entries found by a fixed detector, then the sum of its weights after one trained epoch."""
-    accelerator = cli.make_accelerator()
+    accelerator = evaluation.make_accelerator()
     data = Instances(folder / "val", training=False)
     tower = build("swin")[0].image
     torch.manual_seed(0)
     model = shrink(mask_rcnn.build(tower, "swin", 2, (0.5,) * 3, (0.25,) * 3, 64))
     model.to(accelerator.device)
-    found = detection.detect(accelerator, model, data, workers=0)
+    found = transfer.detect(accelerator, model, data, workers=0)
     options = ["--checkpoint", "-", "--train", "-", "--val", "-", "--output", "-", "--workers", "0"]
     args = detection.options_parser().parse_args([*options, "--epochs", "1", "--batch-size", "2"])
     training = Instances(folder / "train", training=True)
-    detection.train(accelerator, model, training, args, output / "state.pt")
+    transfer.train(accelerator, model, training, args, output / "state.pt")
     return found, [p.detach().double().sum().item() for p in model.parameters()]
 
 

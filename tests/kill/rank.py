@@ -52,7 +52,7 @@ POINTS = {
     "pruned half": Point("shutil:rmtree", "half", ".old"),
     "after the pruning": Point("engine.checkpoint:_prune", "after"),
     "loading for evaluation": Point("models.weights:load", rank=1),
-    "evaluating": Point("eval.features:Extractor.images"),
+    "evaluating": Point("eval.tasks.features:Extractor.images"),
     "features gathered": Point("accelerate:Accelerator.gather"),
     "rows of an evaluation": Point("os:replace", path="evals.jsonl"),
 }

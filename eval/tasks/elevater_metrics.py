@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from eval import metrics, metrics_scores
+from eval.tasks import metrics, metrics_scores
 from loaders.errors import ConfigError
 
 NAMES = ("top1", "mean_per_class", "map_11_point", "roc_auc")

@@ -7,6 +7,7 @@ search share the order of the batches and the batch norm, so all of them are tra
 more axis of the weights.
 """
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +19,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eval import elevater_metrics
+from eval.sources import common_classes
+from eval.sources.registry import EvalDataset
+from eval.tasks import elevater_metrics, few_shot
+from eval.tasks.features import Extractor, finite_images, initial_head
+from eval.tasks.outcome import Outcome
 from loaders.errors import DataError
 
+TASK = "linear_probe_elevater"
 LEARNING_RATES = np.logspace(-6, -1, 6)
 WEIGHT_DECAYS = np.logspace(-6, 6, 97)
 MOMENTUM = 0.9
@@ -30,6 +36,7 @@ FINAL_EPOCHS = 50
 TUNING_SHARE = 0.2
 # Largest number of weights trained at once: trials x classes x (features + 1).
 WEIGHTS_AT_ONCE = 2**27
+SEARCH_LIMITS = {"patch-camelyon": 10_000}  # samples of a class, in commands/linear_probe.py
 
 
 @dataclass
@@ -244,3 +251,50 @@ def final(
         for name in names
         for epoch, scores in (("last", scored), ("best", best_scored))
     }
+
+
+def search_on(
+    features: Tensor, labels: np.ndarray, classes: int, head: Tensor, metric: str, limit: int | None
+) -> tuple[float, float]:
+    """`search` with ELEVATER's tuning split, on at most `limit` samples of a class: as the toolkit
+    on a few-shot subset, with the seed of its configuration, 0."""
+    if limit and np.bincount(labels).max() > limit:  # two classes, one label an image
+        chosen = few_shot.subset(labels, classes, limit, seed=0)
+        features, labels = features[chosen], labels[chosen]
+    targets = torch.from_numpy(labels).to(features.device)
+    return search(features, targets, tuning_mask(labels), head, metric)
+
+
+def evaluate_protocol(
+    extractor: Extractor, row: EvalDataset, options: argparse.Namespace
+) -> Iterator[tuple[str, Outcome]]:
+    """Search and final training on a data set; the first metric of the registry's row guides.
+
+    The head has one output for each class of `common_classes.meet`: all that were trained.
+    `options`: `shots`, `seeds` and `head_init` of `eval.linear_probe`.
+    """
+    splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
+    names, y, truth = classes.names, classes.targets["train"], classes.targets["test"]
+    head, digest = initial_head(extractor, splits["test"], names, options.head_init)
+    features = finite_images(extractor, splits)
+    if features is None:
+        return
+    device = extractor.accelerator.device
+    x, x_test = (features[name]["feature"].to(device) for name in ("train", "test"))
+    wanted, limit, head = row.tasks["linear_probe"], SEARCH_LIMITS.get(row.name), head.to(device)
+    for shots, chosen in few_shot.subsets(y, len(names), options.shots, options.seeds):
+        results, pairs = [], []
+        for part in chosen:
+            pairs.append(search_on(x[part], y[part], len(names), head, wanted[0], limit))
+            targets = torch.from_numpy(y[part]).to(device)
+            results.append(final(x[part], targets, head, pairs[-1], x_test, truth, wanted))
+        protocol = (
+            "ELEVATER protocol: batch norm without affine part and a linear layer on the "
+            f"normalised projected features, head from {options.head_init}, SGD; learning rate and "
+            f"weight decay {', '.join(f'{r:.3g} {d:.3g}' for r, d in pairs)} by {wanted[0]} on the "
+            f"first 20 % of each class, {TRIAL_EPOCHS} epochs a trial; then {FINAL_EPOCHS} epochs "
+            f"on all: {len(chosen[0])} train, {len(truth)} test; best_epoch is chosen on the test "
+            "set, as published"
+        )
+        task, protocol, results = few_shot.label(TASK, protocol, shots, results, options.seeds)
+        yield task, Outcome(results, len(names), protocol, digest)

@@ -1,7 +1,7 @@
-"""Few-shot subsets of a training set, and the mean over their seeds."""
+"""Few-shot subsets of a training set, the mean over their seeds, and what their rows are called."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import stats
@@ -65,3 +65,29 @@ def over_seeds(results: Sequence[dict[str, dict]], seeds: Sequence[int]) -> dict
         for seed, result in zip(seeds, results, strict=True):
             found[f"{name}_seed{seed}"] = result[name]
     return found
+
+
+def subsets(
+    targets: np.ndarray, classes: int, all_shots: Sequence[int] | None, seeds: Sequence[int]
+) -> Iterator[tuple[int | None, list[np.ndarray]]]:
+    """(shots, training indices per seed) for each of `all_shots`; without any the full-shot run,
+    (None, [all indices]). `targets` are those of `subset`."""
+    if not all_shots:
+        yield None, [np.arange(len(targets))]
+    for shots in all_shots or []:
+        yield shots, [subset(targets, classes, shots, seed) for seed in seeds]
+
+
+def label(
+    task: str, protocol: str, shots: int | None, results: list[dict], seeds: Sequence[int]
+) -> tuple[str, str, dict[str, dict]]:
+    """Task name, protocol and metrics of a full-shot or few-shot result."""
+    if shots is None:
+        return task, protocol, results[0]
+    names = " ".join(map(str, seeds))
+    protocol += (
+        f"; {shots} training samples a class, drawn by the rule of vision-datasets 0.2.17 from the "
+        f"order in which the set is stored, seeds {names}; interval of the mean: Student's t over "
+        "the seeds"
+    )
+    return f"{task}_{shots}shot", protocol, over_seeds(results, seeds)

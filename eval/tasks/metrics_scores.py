@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from eval.metrics import BOOTSTRAP_RESAMPLES
+from eval.tasks.metrics import BOOTSTRAP_RESAMPLES
 from loaders.errors import DataError
 
 RECALL_LEVELS = np.linspace(1, 0, 11)[:-1]  # with these roundings in vision-evaluation 0.2.9

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,16 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from eval import rows
 from eval.sources.splits import EvalSplit
 from loaders import tokenizers, views
+from loaders.errors import DataError
 from loaders.workers import GuardedLoader
 from models.config import ModelConfig
 from models.weights import LoadedRun
 
 Features = dict[str, torch.Tensor]
+INITIAL_DEVIATION = 0.02  # of the weights of a random head
 
 
 def rank_batches(n: int, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
@@ -161,3 +164,37 @@ class Extractor:
             return None
         per_template = features["feature"].view(len(names), len(templates), -1)
         return F.normalize(F.normalize(per_template, dim=-1).mean(dim=1), dim=-1)
+
+
+def finite_images(
+    extractor: Extractor, splits: Mapping[str, EvalSplit]
+) -> dict[str, Features] | None:
+    """Image features of the splits by name; None off the main process. Every process must call it.
+
+    Raises DataError for features that are not finite, which nothing can be fitted to.
+    """
+    features = {name: extractor.images(split) for name, split in splits.items()}
+    if features["test"] is None:
+        return None
+    for name, found in features.items():
+        if not all(value.isfinite().all() for value in found.values()):
+            row = splits[name].row
+            raise DataError(f"{row.name}: image features are not finite, the run has diverged")
+    return features
+
+
+def initial_head(
+    extractor: Extractor, test: EvalSplit, names: list[str], start: str
+) -> tuple[torch.Tensor | None, str | None]:
+    """Weights (K, D) to start from for the K classes `names`, `text` (with the templates of `test`)
+    or `random`, and the digest of the prompts.
+
+    Every process must call it; the text features are the main process's.
+    """
+    if start == "text":
+        class_texts, templates = test.row.class_texts(names), test.templates()
+        digest = rows.prompt_digest(class_texts, templates)
+        return extractor.class_weights(class_texts, templates), digest
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(names), extractor.model.embed_dim)
+    return torch.randn(shape, generator=generator) * INITIAL_DEVIATION, None

@@ -1,0 +1,45 @@
+"""Image-text retrieval, the task of `eval.retrieval`."""
+
+import numpy as np
+
+from eval.sources.registry import EvalDataset
+from eval.sources.splits import EvalSplit
+from eval.tasks import metrics
+from eval.tasks.features import Extractor
+from eval.tasks.outcome import Outcome
+
+
+def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
+    """R@1, R@5, R@10 in both directions over all images and captions of the split.
+
+    With `captions_per_image` every caption is a text of its own, as the COCO and Flickr30k tables
+    count: an image is found by any of its captions. Without, equal captions are one text, and a
+    caption of several images is found when any of them is.
+    """
+    split = EvalSplit(row, "test", extractor.size)
+    if row.captions_per_image is None:
+        captions, text_of_image = split.distinct_texts()
+        pair_image, pair_text = np.arange(len(split)), text_of_image
+        kind = "distinct captions"
+    else:
+        captions, pair_image = split.captions()
+        pair_text = np.arange(len(captions))
+        limit = row.captions_per_image
+        kind = "captions (all)" if limit == "all" else f"captions (the first {limit} of each)"
+    texts = extractor.texts(captions, f"{row.name} captions")
+    images = extractor.images(split)
+    if images is None:
+        return None
+    image, text, name = images["feature"], texts["feature"], row.name
+    return Outcome(
+        metrics.retrieval_metrics(
+            metrics.positive_ranks(image, text, pair_image, pair_text, name=name),
+            metrics.positive_ranks(text, image, pair_text, pair_image, name=name),
+        ),
+        classes=None,
+        protocol=(
+            f"{len(split)} images against {len(captions)} {kind}, any positive counts, "
+            "ties count as errors"
+        ),
+        digest=None,
+    )

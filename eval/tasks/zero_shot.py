@@ -1,0 +1,110 @@
+"""Zero-shot classification, the task of `eval.zero_shot`.
+
+Two published protocols: `unicl` (UniCL's ImageNet evaluator: resize 256, crop 224, 81
+templates) and `elevater` (ELEVATER's toolkit: resize 224, the templates of each set, 80 for
+ImageNet). Both average normalised prompt features and normalise again; what is scored is the
+softmax of 100 x cosine, whose order within an image is that of the cosine.
+"""
+
+import numpy as np
+import torch
+
+from eval import rows
+from eval.sources.registry import EvalDataset
+from eval.sources.splits import EvalSplit
+from eval.tasks import metrics, metrics_scores
+from eval.tasks.features import Extractor
+from eval.tasks.outcome import Outcome
+from loaders.errors import DataError
+
+
+def _features(
+    extractor: Extractor, split: EvalSplit
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, list[str]] | None:
+    """Image features (n, D), classifier (K, D), class ids (K,) and class texts (K)."""
+    ids, names = split.class_names()
+    class_texts = split.row.class_texts(names)
+    classifier = extractor.class_weights(class_texts, split.templates())
+    images = extractor.images(split)
+    return None if images is None else (images["feature"], classifier, ids, class_texts)
+
+
+def _ranks(
+    split: EvalSplit, images: torch.Tensor, classifier: torch.Tensor, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of the true class, and its index, of every image."""
+    name = split.row.name
+    if split.targets is not None or (split.labels < 0).any():
+        raise DataError(f"{name}: one label per image is needed")
+    true = np.searchsorted(ids, split.labels)
+    each = np.arange(len(true))
+    return metrics.positive_ranks(images, classifier, each, true, name=name), true
+
+
+def class_ranks(
+    extractor: Extractor, split: EvalSplit
+) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray] | None:
+    """Rank of the true class, index of the true class, class names, and index of the predicted
+    class of every image of `split`; (n,), (n,), K strings, (n,). None off the main process.
+
+    Raises DataError for a set with several labels per image.
+    """
+    found = _features(extractor, split)
+    if found is None:
+        return None
+    images, classifier, ids, names = found
+    ranks, true = _ranks(split, images, classifier, ids)
+    predicted = (images.double() @ classifier.double().T).argmax(dim=1).numpy()
+    return ranks, true, names, predicted
+
+
+def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
+    """The row's metrics by cosine to the averaged class prompts.
+
+    Candidate classes are those of the prompt file, or those that occur in the test split where the
+    row has none. ROC AUC takes the probability of the second class.
+    """
+    split = EvalSplit(row, "test", extractor.size)
+    found = _features(extractor, split)
+    if found is None:
+        return None
+    images, classifier, ids, names = found
+    wanted, measured = row.tasks["zero_shot"], {}
+    if {"map_11_point", "roc_auc"} & set(wanted):
+        scores = metrics_scores.class_probabilities(images, classifier)
+        metrics_scores.check_finite(scores, row.name)
+        if "map_11_point" in wanted:
+            targets = split.targets[:, ids]
+            measured["map_11_point"] = metrics_scores.mean_average_precision_11(scores, targets)
+        if "roc_auc" in wanted:
+            if len(names) != 2:
+                raise DataError(f"{row.name}: roc_auc needs two classes, these are {names[:5]}")
+            positive = split.labels == ids[1]
+            measured["roc_auc"] = metrics_scores.area_under_roc(scores[:, 1], positive)
+    if not set(wanted) <= set(measured):
+        measured |= metrics.classification_metrics(*_ranks(split, images, classifier, ids))
+    templates = split.templates()
+    return Outcome(
+        measured,
+        classes=len(names),
+        protocol=_describe(split, len(names), len(templates)),
+        digest=rows.prompt_digest(names, templates),
+    )
+
+
+def _describe(split: EvalSplit, classes: int, templates: int) -> str:
+    """The protocol in words; equal words are equal protocols."""
+    row = split.row
+    of = f"classes of prompts/{row.prompts}" if row.prompts else "classes of the split"
+    named = {"prompts": row.prompts, "source": "the source's own"}
+    which = "stated in the registry"
+    if isinstance(row.templates, str):
+        which = named.get(row.templates, row.templates)
+    text = (
+        f"zero-shot among the {classes} {of}, mean of {templates} normalised prompt features "
+        f"({which}), ties count as errors"
+    )
+    if row.protocol:
+        resized = "squashed to" if row.squash else f"resize {split.resize} crop"
+        text += f"; protocol {row.protocol}: {resized} {split.crop}, softmax of 100 x cosine"
+    return text
