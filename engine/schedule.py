@@ -2,6 +2,8 @@
 
 import math
 
+SCHEDULES = ("cosine", "constant")
+
 
 def learning_rate(
     step: int, steps: int, warmup: int, lr: float, warmup_lr: float, min_lr: float, schedule: str
