@@ -87,7 +87,7 @@ def publish(out: Path, originals: Sequence[Original]) -> None:
                 if target.is_file():
                     (stage / f"{name}{end}").symlink_to(target)
             _move_index(original.link, shards / f"{name}.tar")
-            # Not folder.publish, which flushes: read-only file systems may refuse to.
+            # Not set_folder.publish, which flushes: read-only file systems may refuse to.
             for end in (".tar", ".parquet", "_stats.json"):
                 if (stage / f"{name}{end}").exists():
                     os.replace(stage / f"{name}{end}", shards / f"{name}{end}")

@@ -68,7 +68,7 @@ class TrainingViews(Dataset):
     """Random views of a split; an index is (epoch, sample), and decides the view with the seed."""
 
     def __init__(self, split: EvalSplit, targets: np.ndarray, seed: int) -> None:
-        """`targets` of `split` as `source_classes.meet` gives them: (n,), or (n, K) of 0 and 1."""
+        """`targets` of `split` as `common_classes.meet` gives them: (n,), or (n, K) of 0 and 1."""
         self.split, self.targets, self.seed = split, targets, seed
         # Sizes only: the statistics belong to the recipe that erases, which this is not.
         self.view = views.build_train("paper", split.crop, (0.0,) * 3, (1.0,) * 3)
@@ -148,7 +148,7 @@ def evaluate(
 ) -> Iterator[tuple[str, cli.Outcome]]:
     """Fine-tune on the training split, score the last epoch on the test split.
 
-    The head has one output for each class of `source_classes.meet`: all that were trained.
+    The head has one output for each class of `common_classes.meet`: all that were trained.
     """
     accelerator = extractor.accelerator
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)

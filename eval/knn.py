@@ -55,7 +55,7 @@ def vote_ranks(ballot: np.ndarray, true: np.ndarray) -> np.ndarray:
 def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """Top-1, top-5 and mean per-class recall of the vote, on the embeddings that the loss compares.
 
-    Classes of the two splits are those of `source_classes.meet`; a test image whose class has no
+    Classes of the two splits are those of `common_classes.meet`; a test image whose class has no
     training image counts as an error.
     """
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)

@@ -144,7 +144,7 @@ def regress(
 def open_labelled(
     row: EvalDataset, fitted: Sequence[str], crop: int
 ) -> tuple[dict[str, EvalSplit], common_classes.CommonClasses]:
-    """`source_classes.open_splits`; DataError for several labels per image, which a regression
+    """`common_classes.open_splits`; DataError for several labels per image, which a regression
     cannot take."""
     splits, classes = common_classes.open_splits(row, fitted, crop)
     if classes.multilabel:
@@ -154,7 +154,7 @@ def open_labelled(
 
 def evaluate(extractor: Extractor, row: EvalDataset) -> cli.Outcome | None:
     """Top-1 and mean per-class recall of a logistic regression on standardised `pooled` image
-    features, among the classes of `source_classes.meet`."""
+    features, among the classes of `common_classes.meet`."""
     splits, classes = open_labelled(row, ("train",), extractor.size)
     features = read(extractor, splits)
     if features is None:
@@ -253,7 +253,7 @@ def evaluate_elevater(
 ) -> Iterator[tuple[str, cli.Outcome]]:
     """ELEVATER's protocol; the first metric of the registry's row guides the search.
 
-    The head has one output for each class of `source_classes.meet`: all that were trained.
+    The head has one output for each class of `common_classes.meet`: all that were trained.
     """
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     names, y, truth = classes.names, classes.targets["train"], classes.targets["test"]

@@ -167,7 +167,7 @@ def from_identity(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def download(out: Path, part: int, parts: int, options: Options) -> None:
-    """Fetch the missing shards of one part of the set that `folder.begin` opened in `out`.
+    """Fetch the missing shards of one part of the set that `set_folder.begin` opened in `out`.
 
     May be killed at any moment; the same call continues with the shards that are not finished.
     Prints a summary. Raises `DataError` when the disk is full, when shards cannot be finished,

@@ -53,7 +53,7 @@ def write_shards(
     part: int = 0,
     parts: int = 1,
 ) -> Counter:
-    """Write the missing shards of one part of the set that `folder.begin` opened in `out`.
+    """Write the missing shards of one part of the set that `set_folder.begin` opened in `out`.
 
     `order` (n,) int64: sample indices in the order of writing; shard s holds the positions
     s * samples_per_shard and on. `read(i)` gives the members of sample i, extension -> bytes, in

@@ -70,7 +70,7 @@ class EvalSplit(Dataset):
     Attributes:
         labels: (n,) class ids, those of the prompt file where the row has one; -1 = none. Without
             a prompt file they are positions in the list of this very source: labels of two splits
-            are compared through `source_classes.meet`.
+            are compared through `common_classes.meet`.
         targets: (n, K) bool over the same ids, for several labels per image; or None.
     """
 
