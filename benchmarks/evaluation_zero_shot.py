@@ -176,10 +176,7 @@ def compare(load: str, quick: bool) -> Iterator[dict]:
         seconds = [run["wall"] for run in runs]
         facts[f"{side}_seconds"] = [round(value, 1) for value in seconds]
         facts[f"{side}_images_per_second"] = round(facts["images"] / statistics.median(seconds), 1)
-    facts["peer"] = (
-        "CLIP_benchmark's dataset, zero_shot_classifier and run_classification without amp; "
-        "top-1 of its logits by scikit-learn, because its accuracy() raises under NumPy 2.4"
-    )
+    facts["peer"] = "CLIP_benchmark's dataset and zeroshot_classification.evaluate without amp"
     yield harness.row(
         "zero-shot, wall time of the command, CLIP_benchmark / ours",
         ratio("wall"), 1.5, at_most=False, **facts,

@@ -6,8 +6,7 @@ Images per CPU second through whole loaders with worker processes: CPU seconds o
 and all workers, from the start of the workers to the last batch. JPEGs of 500 x 375 and of
 1,024 x 768 pixels (quality 90, 4:2:0) with 1/f texture, edges and grain, captions of 6 to 16 words.
 Ours gives uint8, which the device normalises (the row says what that costs on this CPU);
-open_clip's gives normalised float32. open_clip runs with the webdataset that it declares, put into
-a folder of its own by pip.
+open_clip's gives normalised float32.
 """
 
 import io
@@ -19,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,6 @@ from benchmarks import harness
 from loaders.manifest import open_shards
 from loaders.views import normalize
 
-PIN = "webdataset==0.2.86"  # the newest that open_clip_torch 3.3.0 works with
 SHARDS, BATCH, WORKERS = 4, 64, 2
 SCALES = {"open_clip's default": 0.9, "the paper's": 0.08}
 TARGET = 3.0
@@ -78,30 +77,25 @@ def make(folder: Path, samples: int, size: tuple[int, int]) -> float:
     return statistics.mean(len(data) for data in pool) / 1000
 
 
-def run(side: str, shards: str, samples: int, workers: int, scale: float, pin: Path) -> dict:
+def run(side: str, shards: str, samples: int, workers: int, scale: float) -> dict:
     """One loader in a process of its own; see `loader_sides`."""
     command = [sys.executable, "-m", "benchmarks.loader_sides", side, shards]
     command += [str(value) for value in (samples, BATCH, workers, scale)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if side == "open_clip":
-        paths = [str(pin), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(
-    shards: str, samples: int, rounds: int, facts: dict, pin: Path, pixels: str
-) -> Iterator[dict]:
+def compare(shards: str, samples: int, rounds: int, facts: dict, pixels: str) -> Iterator[dict]:
     """Rows against open_clip at both crop scales: median over rounds, sides in turns."""
     sides = ("open_clip", "ours")
     for name, scale in SCALES.items():
         found = {side: [] for side in sides}
         for number in range(rounds):
             for side in sides[number % 2 :] + sides[: number % 2]:
-                found[side].append(run(side, shards, samples, WORKERS, scale, pin))
+                found[side].append(run(side, shards, samples, WORKERS, scale))
         costs = {
             kind: {side: [r[kind] / r["samples"] for r in runs] for side, runs in found.items()}
             for kind in ("cpu", "wall")
@@ -118,12 +112,12 @@ def compare(
         )  # fmt: skip
 
 
-def scaling(shards: str, samples: int, rounds: int, pin: Path) -> Iterator[dict]:
+def scaling(shards: str, samples: int, rounds: int) -> Iterator[dict]:
     """Images per second of the clock with 2 workers over 1."""
     rates = {workers: [] for workers in (1, WORKERS)}
     for _ in range(rounds):
         for workers, values in rates.items():
-            done = run("ours", shards, samples, workers, 0.08, pin)
+            done = run("ours", shards, samples, workers, 0.08)
             values.append(done["samples"] / done["wall"])
     ratio = statistics.median(b / a for a, b in zip(rates[1], rates[WORKERS], strict=True))
     medians = {f"workers_{n}": round(statistics.median(v)) for n, v in rates.items()}
@@ -164,16 +158,15 @@ def rows(quick: bool) -> Iterator[dict]:
     torch.set_num_threads(1)
     batch = torch.zeros(BATCH, 1, 3, 224, 224, dtype=torch.uint8)
     seconds = harness.paired({"": lambda: normalize(batch, (0.5,) * 3, (0.5,) * 3)}, 5)
+    packages = ("open_clip_torch", "webdataset")
+    peer = ", ".join(f"{name}=={version(name)}" for name in packages)
     with tempfile.TemporaryDirectory() as place:
-        pin = Path(place) / "pin"
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--target", str(pin), PIN], check=True)
         for pixels, size in PIXELS.items():
             folder = Path(place) / pixels.replace(" ", "")
             folder.mkdir()
             facts = {
                 "image_kb": round(make(folder, samples, size)), "batch": BATCH, "samples": samples,
-                "peer": PIN, "load_before": round(os.getloadavg()[0], 1),
+                "peer": peer, "load_before": round(os.getloadavg()[0], 1),
                 "normalising_ms_per_image": round(1000 * statistics.median(seconds[""]) / BATCH, 2),
             }  # fmt: skip
             paths = [str(folder / f"{shard:05d}.tar") for shard in range(SHARDS)]
@@ -181,8 +174,8 @@ def rows(quick: bool) -> Iterator[dict]:
             braces = str(folder / f"{{00000..{SHARDS - 1:05d}}}.tar")
             if pixels == next(iter(PIXELS)):
                 yield from from_tar(paths, samples, 2 * rounds)
-                yield from scaling(braces, samples, rounds, pin)
-            yield from compare(braces, samples, rounds, facts, pin, pixels)
+                yield from scaling(braces, samples, rounds)
+            yield from compare(braces, samples, rounds, facts, pixels)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The two training commands that `benchmarks.step` compares, watched from outside.
 
 Ours is `torchrun train.py`, the peer `torchrun -m open_clip_train.main` of open_clip_torch 3.3.0
-(through `step_peer`, because it refuses several CPU processes otherwise). The peer needs
-webdataset <= 0.2.86, which is installed into a folder of its own and put on its path.
+(through `step_peer`, because it refuses several CPU processes otherwise).
 """
 
 import json
@@ -19,8 +18,6 @@ import psutil
 import yaml
 
 RANKS, WORKERS = 2, 1
-PEER_PIN = "webdataset==0.2.86"  # the last version that open_clip_train reads shards with
-PEERS = Path("runs/peers")
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 # A line of open_clip's log with --log-every-n-steps 1.
 LOG_LINE = re.compile(r"Batch \(t\): ([\d.]+).*Contrastive_loss: ([\d.]+)")
@@ -85,7 +82,7 @@ def ours(task: Task, folder: Path, steady: int) -> Run:
     path = folder / "benchmark.yaml"
     path.write_text(yaml.safe_dump(config))
     log, command = folder / "metrics.jsonl", [*_torchrun(), "train.py", "--config", str(path)]
-    facts = _watch(command, folder / "console.txt", {}, task, lambda: _lines(log))
+    facts = _watch(command, folder / "console.txt", task, lambda: _lines(log))
     records = [json.loads(line) for line in log.read_text().splitlines()]
     # The log looks back on 50 steps at most, fewer if there are fewer.
     assert len(records) == task.steps
@@ -128,24 +125,11 @@ def open_clip(task: Task, folder: Path, steady: int) -> Run:
         command += [f"--{key}", str(value)]
     command += ["--aug-cfg", *view]
     log, console = folder / "out.log", folder.with_suffix(".console.txt")
-    environment = {"PYTHONPATH": f"{peer_packages()}:."}
-    facts = _watch(command, console, environment, task, lambda: _lines(log, "Train Epoch"))
+    facts = _watch(command, console, task, lambda: _lines(log, "Train Epoch"))
     found = LOG_LINE.findall(log.read_text())
     assert len(found) == task.steps, f"{len(found)} of {task.steps} steps in {folder}/out.log"
     seconds = [float(batch) for batch, _ in found[-steady:]]
     return Run([float(loss) for _, loss in found], task.batch * steady / sum(seconds), **facts)
-
-
-def peer_packages() -> Path:
-    """Folder with the pin that only open_clip's training needs; installed on first use."""
-    folder = PEERS / PEER_PIN
-    if not folder.exists():
-        PEERS.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        scratch = PEERS / f"{PEER_PIN}.partial"
-        subprocess.run([*pip, "--target", str(scratch), PEER_PIN], check=True)
-        scratch.rename(folder)
-    return folder
 
 
 def _torchrun() -> list[str]:
@@ -154,16 +138,11 @@ def _torchrun() -> list[str]:
 
 
 def _watch(
-    command: list[str],
-    console: Path,
-    environment: dict[str, str],
-    task: Task,
-    steps_done: Callable[[], int],
+    command: list[str], console: Path, task: Task, steps_done: Callable[[], int]
 ) -> dict[str, float]:
     """Run a command to its end; `wall`, `cpu`, `rank_mib` and `all_mib` of `Run`."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-        **environment,
     }  # fmt: skip
     start = time.perf_counter()
     with console.open("w") as file:

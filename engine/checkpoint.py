@@ -13,8 +13,8 @@ is called `step_*` is complete at any moment, and a run that is cut off while sa
 the checkpoint before. What was left half-way is deleted by the next start or save.
 
 `LAST_GOOD` may be set back by hand to an older checkpoint. Later ones then belong to an abandoned
-attempt: they are not counted by the keep policy, overwritten when their step is reached, and
-deleted when it is passed.
+attempt: the keep policy does not count them, they are overwritten when their step is reached, and
+they are deleted when it is passed.
 """
 
 import json
@@ -29,7 +29,7 @@ from loaders.errors import DataError
 from models import unpickling
 
 POINTER = "LAST_GOOD"
-LEFT = ".step_*"  # of saves and deletions that were cut off
+LEFT = ".step_*"  # what saves and deletions that were cut off leave behind
 
 
 def last_good(folder: Path) -> Path | None:
@@ -54,7 +54,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     """What `run.json` of a checkpoint states.
 
     Raises:
-        DataError: it is not that of a checkpoint.
+        DataError: there is no such file, or it is not that of a checkpoint.
     """
     path = checkpoint / "run.json"
     try:
@@ -70,7 +70,8 @@ def check_space(engine, folder: Path) -> None:
     """Clear what killed saves left, and refuse a disk without room for a checkpoint; collective.
 
     Raises:
-        DataError: with the bytes needed and free. Quotas are not seen.
+        DataError: there is too little room; it states the bytes needed and free. Quotas are not
+            seen.
     """
     root = folder / "checkpoints"
     if dist.rank() == 0:
@@ -85,10 +86,11 @@ def check_space(engine, folder: Path) -> None:
 
 
 def size(engine) -> int:
-    """About the bytes of a checkpoint, all ranks together (measured with DeepSpeed 0.19.8).
+    """Roughly the bytes that all ranks write for a checkpoint (measured with DeepSpeed 0.19.8).
 
-    The weights twice, as `model.safetensors` and in DeepSpeed's parts (at stage 3 not there), and
-    12 bytes of a trained parameter: a float32 copy (not at stage 0) and the moments of AdamW.
+    The weights are written twice, as `model.safetensors` and, except at stage 3, in DeepSpeed's
+    parts. A trained parameter takes 12 bytes more: a float32 copy, which stage 0 does not have, and
+    the moments of AdamW.
     """
     stage = engine.zero_optimization_stage()
     total = 0
@@ -104,9 +106,9 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
 
     Args:
         engine: the DeepSpeed engine. folder: the run folder.
-        step: more than that of `LAST_GOOD`.
+        step: must be more than that of `LAST_GOOD`.
         identity: what a continuation must have in common with this run.
-        keep_last: complete checkpoints to keep.
+        keep_last: how many complete checkpoints to keep.
 
     Returns:
         The checkpoint's folder.
@@ -125,7 +127,7 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
             scratch.mkdir(parents=True)
     _refuse(engine, attempt, target)
     facts: dict[str, Any] = {"step": step}
-    if engine.zero_optimization_stage() == 0:  # which state is whose, to continue elsewhere
+    if engine.zero_optimization_stage() == 0:  # says whose state is which, for other stages
         facts["unicl_parameter_order"] = universal.parameter_order(engine)
     with disk.flushing(engine, attempt):
         engine.save_checkpoint(str(root), tag=scratch.name, client_state=facts, save_latest=False)
@@ -138,7 +140,7 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
             _write_facts(engine, scratch / "run.json", step, identity)
             for path in (scratch / "model.safetensors", scratch / "run.json", scratch):
                 disk.flush(path)
-    _refuse(engine, attempt, target)  # also the point at which all ranks have finished
+    _refuse(engine, attempt, target)  # at this point all ranks have finished, too
     with attempt.noted():
         if dist.rank() == 0:
             _publish(scratch, target, keep_last)
@@ -158,7 +160,7 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     facts = read_facts(checkpoint)
     check_identity(facts, identity, checkpoint)
     here = (dist.world_size(), engine.zero_optimization_stage())
-    # Decay and betas are the configuration's that continues; DeepSpeed restores those that were.
+    # DeepSpeed restores the checkpoint's decay and betas, but those of this configuration hold.
     asked = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     # DeepSpeed's own torch.load would run whatever a pickle asks for.
     with unpickling.plain_data_only(checkpoint, deepspeed_engine.checkpoint_classes()):
@@ -177,7 +179,7 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
 def check_identity(facts: dict[str, Any], identity: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to continue a checkpoint under another configuration.
 
-    Only what both state is compared: keys come and go between versions of this program.
+    Only keys that both have are compared, because versions of this program differ in their keys.
 
     Raises:
         DataError: names each key that differs, with both values.
@@ -265,4 +267,4 @@ def _prune(newest: Path, before: int | None, keep_last: int) -> None:
     for step in line[:-keep_last]:
         disk.discard(steps[step])
     for converted in newest.parent.glob(f"step_*{universal.ENDING}"):
-        disk.discard(converted)  # it has served: a newer checkpoint is complete
+        disk.discard(converted)  # nobody needs it: a newer checkpoint is complete

@@ -14,8 +14,9 @@ class Clock:
     """Samples per second, share of time spent waiting for data, and time left.
 
     Args:
-        global_batch: samples of a step. steps: of the whole run. window: steps looked back on;
-            the first step of a process, which warms up, is left out. now: time in seconds.
+        global_batch: how many samples a step has. steps: how many steps the whole run has.
+        window: how many steps are looked back on; the first step of a process, which warms up, is
+            left out. now: returns the time in seconds.
     """
 
     def __init__(
@@ -49,16 +50,17 @@ class Clock:
         self.left_out += self.now() - start
 
     def read(self, done: int, waits: Sequence[float]) -> dict[str, float]:
-        """Facts for the log; empty before two steps.
+        """Facts for the log; there are none before two steps.
 
         Args:
-            done: steps. waits: seconds that each rank waited for data since the last read.
+            done: how many steps are done. waits: seconds that each rank waited for data since the
+                last read.
 
         Returns:
             `samples_per_second`, `data_seconds` per step and `eta_seconds` over the steps looked
-            back on; over the steps since the last read `data_share`, the largest share of the
-            time that a rank waited for data, and `speed_ratio`, the speed over the median of
-            such speeds of this process, once there are ENOUGH.
+            back on. Over the steps since the last read: `data_share`, the largest share of the
+            time that a rank waited for data, and `speed_ratio`, the speed divided by the median of
+            such speeds of this process, once ENOUGH of them are known.
         """
         if len(self.marks) < 2:
             return {}
@@ -80,7 +82,11 @@ class Clock:
 
 
 def slow_line(facts: dict[str, float], waits: Sequence[float]) -> str | None:
-    """A warning for a window slower than SLOW times the median, or None; arguments as `read`."""
+    """A warning for a window slower than SLOW times the median, or None.
+
+    Args:
+        facts: what `Clock.read` returned. waits: what it was given.
+    """
     ratio = facts.get("speed_ratio", 1.0)
     if ratio >= SLOW:
         return None

@@ -1,4 +1,4 @@
-"""`train.compile`: both towers through torch.compile, checked at the start to work here.
+"""`train.compile`: both towers go through torch.compile, which is tried at the start.
 
 The towers are compiled in place, so names of parameters do not change, and loss, gathers and
 DeepSpeed stay outside. Two things keep the step what it is: random numbers are drawn as without
@@ -17,7 +17,7 @@ def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> N
     """Compile both towers of a `models.two_tower.TwoTower`, in place, at their first call.
 
     Args:
-        zero_stage: of DeepSpeed's configuration. device: the towers will run on.
+        zero_stage: the one of DeepSpeed's configuration. device: what the towers will run on.
 
     Raises:
         ConfigError: under ZeRO-3, whose hooks gather weights between the modules of a tower; or
@@ -25,11 +25,11 @@ def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> N
     """
     if zero_stage == 3:
         raise ConfigError("train.compile=true does not work with ZeRO stage 3; use stage 0 to 2")
-    # In torch's order of random numbers, instead of the compiler's own generator.
+    # Random numbers are drawn in torch's order, instead of from the compiler's own generator.
     torch._inductor.config.fallback_random = True
     _try_compiler(device)
     model.image.compile(dynamic=False)
-    # Not the whole text tower: it reads the longest text back from the device.
+    # The whole text tower is not compiled, because it reads the longest length from the device.
     model.text.encoder.compile(dynamic=True)
 
 
@@ -37,7 +37,7 @@ def _try_compiler(device: torch.device) -> None:
     """Compile one addition; raises ConfigError with what to install if that fails."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # of the compiler, of its cache, of Triton
+    except Exception as error:  # raised by the compiler, its cache or Triton
         needed = "a C++ compiler (g++)" if device.type == "cpu" else "Triton and a C compiler (gcc)"
         raise ConfigError(
             f"train.compile=true: torch.compile does not work here: {first_line(error)}; it needs "

@@ -2,8 +2,9 @@
 
 A file may name a parent with `base: other.yaml` (relative to itself); later values win. Every key
 is checked: an unknown one is an error that names the nearest. `model:` and `loss:` are checked by
-`models.config` and by the method's own `Config`. A null in a key of `DECISIONS` means that nobody
-has decided yet; such a configuration is refused with the list of all its open keys.
+`models.config` and by the method's own `Config`, and what values may be is in
+`engine.config_rules`. A null in a key of its `DECISIONS` means that nobody has decided yet; such a
+configuration is refused with the list of all its open keys.
 
 A text is taken as it was typed (`engine/config_text.py`). A relative path in a file is looked for
 in the current folder, then beside the file, then in the root of this repository; one that was typed
@@ -22,10 +23,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-import losses
-from engine import config_file, config_layers, config_paths, mirrors
+from engine import config_layers, config_paths, config_rules
 from loaders.errors import ConfigError
-from models.config import ModelConfig
 
 
 @dataclass
@@ -125,29 +124,8 @@ class RunConfig:
     timeout_minutes: float = 30  # of a collective operation; half of it for a batch of data
 
 
-# Keys that may not stay null, with what they decide. Of several alternatives one is needed.
-DECISIONS: dict[tuple[str, ...], str] = {
-    ("recipe",): "whose values these are: paper (read in the paper), release_defaults or ours",
-    ("model.image.size",): "side of the square training images in pixels",
-    ("model.image.kwargs",): "arguments of the image tower, e.g. another stem for small images; "
-    "{} is timm's own",
-    ("model.logit_scale_init",): "logarithm of the first temperature multiplier: 1.0 in the "
-    "released model, ln(1/0.07) = 2.659 in CLIP",
-    ("data.templates",): "texts made from class names: a preset of prompts/templates.json",
-    ("data.augmentation",): "image views: a recipe of loaders/views.py",
-    ("train.global_batch",): "samples per optimizer step over all ranks",
-    ("train.epochs", "train.samples", "train.steps"): "length of the training",
-    ("optim.lr",): "peak learning rate of AdamW",
-    ("optim.warmup_lr",): "learning rate at the first step",
-    ("optim.min_lr",): "learning rate at the last step",
-    ("optim.betas",): "decay rates of AdamW's two averages",
-    ("optim.eps",): "AdamW's epsilon",
-    ("optim.weight_decay",): "AdamW's weight decay",
-    ("optim.grad_clip_norm",): "largest gradient norm; 0 is no clipping",
-    ("optim.schedule",): "cosine or constant",
-    ("optim.warmup_epochs", "optim.warmup_steps"): "length of the warm-up; 0 is none",
-}
-RECIPES = ("paper", "release_defaults", "ours")
+# A list where the model expects a number, say; sections without types come as they are.
+_WRONG_KINDS = OmegaConfBaseException, OverflowError, TypeError, ValueError, RecursionError
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -171,71 +149,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
             cfg = OmegaConf.merge(cfg, layer.values)
         except ConfigKeyError as error:
             raise ConfigError(_unknown_key(error, path)) from None
-        except OmegaConfBaseException as error:
-            key = error.full_key or "the whole file"
+        except (OmegaConfBaseException, OverflowError) as error:
+            key = getattr(error, "full_key", None) or "the whole file"
             raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from None
     try:
-        config_file.check_values(OmegaConf.to_container(cfg))
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        check(cfg)
+        config_rules.check(cfg)
         config_paths.settle(cfg, layers)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
-        # A list where the model expects a number, say; sections without types come as they are.
+    except _WRONG_KINDS as error:
         raise ConfigError(f"{path}: a value of a wrong kind: {error}") from None
     return cfg
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuse contradictions that need neither data nor devices to be seen.
-
-    Raises:
-        ConfigError: names the key and what it may be.
-    """
-    _refuse_undecided(cfg)
-    ModelConfig.from_dict(OmegaConf.to_container(cfg.model, resolve=True))
-    loss = dict(OmegaConf.to_container(cfg.loss, resolve=True))
-    try:
-        losses.read_config(losses.find(loss.pop("name", "unicl")).Config, loss, "loss")
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    _one_of(cfg.train, "train", ("epochs", "samples", "steps"), positive=True)
-    _one_of(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"), positive=False)
-    for section, key in (
-        ("train", "global_batch"),
-        ("train", "accumulation"),
-        ("train", "max_nonfinite_windows"),
-        ("log", "every_steps"),
-        ("log", "save_every_steps"),
-        ("log", "keep_last"),
-        ("data", "block_shards"),
-    ):
-        if cfg[section][key] < 1:
-            raise ConfigError(f"{section}.{key}={cfg[section][key]} must be at least 1")
-    if cfg.train.graph_memory_gb < 0:
-        raise ConfigError(f"train.graph_memory_gb={cfg.train.graph_memory_gb} must not be negative")
-    if cfg.timeout_minutes <= 0:
-        raise ConfigError(f"timeout_minutes={cfg.timeout_minutes} must be positive")
-    mirrors.chosen(cfg.log.report_to)
-    if not 0 <= cfg.data.max_bad_fraction <= 1:
-        raise ConfigError(f"data.max_bad_fraction={cfg.data.max_bad_fraction} must be in [0, 1]")
-    if not 0 <= cfg.data.workers <= 512:
-        raise ConfigError(f"data.workers={cfg.data.workers} must be in [0, 512], per rank")
-    if cfg.data.augmentation == "mixup_cutmix":
-        raise ConfigError(
-            f"{cfg.name}: data.augmentation=mixup_cutmix: the trainer cannot blend images and "
-            "labels (MixUp, CutMix) yet, and without them this would be another experiment; "
-            "data.augmentation=unicl_release trains without"
-        )
-    for key, allowed in (
-        ("recipe", RECIPES),
-        ("data.caption_labels", ("unique", "by_text")),
-        ("data.label_merge", ("disjoint", "synset")),
-        ("optim.schedule", ("cosine", "constant")),
-    ):
-        if OmegaConf.select(cfg, key) not in allowed:
-            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(allowed)}")
 
 
 def specs(value: Any, key: str) -> list[str]:
@@ -266,33 +191,6 @@ def count_steps(cfg: DictConfig, epoch_samples: int) -> tuple[int, int]:
     steps = train.steps or math.ceil(samples / batch)
     warmup = cfg.optim.warmup_steps or math.ceil((cfg.optim.warmup_epochs or 0) * epoch / batch)
     return steps, warmup
-
-
-def _refuse_undecided(cfg: DictConfig) -> None:
-    """Raise ConfigError with every key that a preset left open."""
-    unset = object()  # a key of `model` that is absent has a default; null is an open question
-    lines = []
-    for keys, meaning in DECISIONS.items():
-        values = [OmegaConf.select(cfg, key, default=unset, throw_on_missing=False) for key in keys]
-        if all(value is None for value in values):
-            lines.append(f"  {' or '.join(keys)}: {meaning}")
-    if lines:
-        raise ConfigError(
-            f"{cfg.name}: these keys are not decided:\n" + "\n".join(lines) + "\nDecide them in "
-            "the file or as key=value (recipe=ours, unless you read the values in the paper), or "
-            "take the released code's values with base: _base/release_defaults.yaml"
-        )
-
-
-def _one_of(section: DictConfig, where: str, keys: tuple[str, ...], positive: bool) -> None:
-    given = [key for key in keys if section[key] is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"{where}: give exactly one of {', '.join(keys)}; given: {', '.join(given)}"
-        )
-    if section[given[0]] < 0 or (positive and section[given[0]] == 0):
-        least = "positive" if positive else "at least 0"
-        raise ConfigError(f"{where}.{given[0]}={section[given[0]]} must be {least}")
 
 
 def _unknown_key(error: ConfigKeyError, path: str | Path) -> str:

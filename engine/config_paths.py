@@ -32,7 +32,7 @@ def settle(cfg: DictConfig, layers: Sequence[Layer]) -> None:
     cfg_values = OmegaConf.to_container(cfg, resolve=True)
     changed: dict[str, Any] = {"output_dir": _local(cfg.output_dir, "output_dir")}
     changed["deepspeed"] = _file(cfg.deepspeed, "deepspeed", layers)
-    if cfg.data.templates and cfg.data.templates not in texts.presets():
+    if cfg.data.templates not in texts.presets():
         changed["data.templates"] = _file(cfg.data.templates, "data.templates", layers)
     for key in SPECIFICATIONS:
         value = cfg_values["data"][key.removeprefix("data.")]

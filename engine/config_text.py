@@ -72,7 +72,8 @@ def typed(override: str, run: type, loss: type | None = None) -> DictConfig:
         if not known and isinstance(value, str):
             return _layer(key, _unquoted(text))  # YAML, too, takes it for a text
         if OmegaConf.is_config(value):
-            keep_text(layer, plain_scalars(text, OmegaConf.to_container(value), key), run, loss)
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            keep_text(layer, plain_scalars(node, OmegaConf.to_container(value), key), run, loss)
         return layer
     except ConfigError:
         raise
@@ -80,13 +81,13 @@ def typed(override: str, run: type, loss: type | None = None) -> DictConfig:
         raise ConfigError(f"override {override!r}: {error}") from None
 
 
-def plain_scalars(text: str, values: Any, key: str = "") -> list[tuple[str, str, Any]]:
+def plain_scalars(node: yaml.Node | None, values: Any, key: str = "") -> list[tuple[str, str, Any]]:
     """(key, characters, value) of what YAML holds without quotes and was read as no text.
 
     Args:
-        text: YAML, already checked. values: the container that it was read as. key: where it is.
+        node: what PyYAML composes. values: the container that it was read as. key: where it is.
     """
-    return list(_scalars(yaml.compose(text, Loader=yaml.SafeLoader), values, key))
+    return list(_scalars(node, values, key))
 
 
 def keep_text(

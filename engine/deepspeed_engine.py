@@ -31,7 +31,7 @@ class TrainModule(nn.Module):
         """Features of one micro-batch, or with `gather` the loss of a batch of one micro-batch.
 
         Args:
-            batch: normalised `image` (b, V, 3, H, W), `text` (b, T, L), `label` (b,).
+            batch: tensors on the device, described in docs/design.md ("Batch").
         """
         features = self.method.encode(self.model, batch)
         return features if gather is None else self.method(features, batch["label"], gather)

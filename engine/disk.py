@@ -1,4 +1,4 @@
-"""Files that must be whole: flushed, renamed into place, and failures known to all ranks.
+"""Files that must be whole are flushed and renamed into place; all ranks learn of a failure.
 
 A full disk shows on one rank only, while the others already wait in a collective operation. So a
 failure is noted where it happens, and the ranks agree on it at the next point that all reach.
@@ -22,7 +22,7 @@ class Attempt:
     """Something that all ranks write together, and that fails on all of them or on none.
 
     Args:
-        device: of this rank, for the collective operation.
+        device: the device of this rank, for the collective operation.
     """
 
     def __init__(self, device: torch.device):
@@ -100,9 +100,9 @@ def gigabytes(count: int) -> str:
 
 @contextlib.contextmanager
 def flushing(engine, attempt: Attempt) -> Iterator[None]:
-    """DeepSpeed's `save_checkpoint` flushes its files here, and failures to write are noted.
+    """Within it, DeepSpeed's `save_checkpoint` flushes its files, and failures to write are noted.
 
-    Between its writes lie collective operations, so a rank that raised would leave the others
+    There are collective operations between its writes, so a rank that raised would leave the others
     waiting in one.
     """
     inner, copy = engine.checkpoint_engine, engine._copy_recovery_script
@@ -130,7 +130,7 @@ class _Writer:
         return getattr(self.inner, name)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        # Into an open file: given a path, torch loses the reason of a failed write.
+        # torch gets an open file, because with a path it loses the reason of a failed write.
         with self.attempt.noted(), open(path, "wb") as file:
             torch.save(state_dict, file)
             file.flush()

@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases as mirrors of metrics.jsonl and evals.jsonl.
 
 The two files are the truth. After a resume a mirror holds every step once: TensorBoard is told from
-which step on to forget what an earlier attempt wrote; wandb is given what it does not have yet.
+which step on to forget what an earlier attempt wrote, and wandb is given what it does not have yet.
 """
 
 import importlib.util
@@ -43,10 +43,10 @@ def chosen(report_to: Any) -> list[str]:
 
 
 class Mirrors:
-    """What `log.report_to` asks for; one that fails later is left out, the training goes on.
+    """The mirrors that `log.report_to` asks for; training goes on without one that fails later.
 
     Args:
-        cfg: of the run. folder: the run folder. step: steps already done.
+        cfg: the configuration of the run. folder: the run folder. step: how many steps are done.
         tell: called with a line when a mirror is left out.
     """
 
@@ -90,7 +90,7 @@ class _TensorBoard:
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        # A killed process loses what is not flushed, also of steps that are never run again.
+        # A killed process loses what is not flushed, even of steps that are never run again.
         self.writer.flush()
 
     def close(self, failed: bool) -> None:
@@ -100,9 +100,9 @@ class _TensorBoard:
 class _Wandb:
     """One wandb run per run folder; its id is in RUN/wandb_id.
 
-    On a resume wandb.ai keeps what it has and is sent the later steps. A run in offline mode keeps
-    no such memory, and what a killed process had not written is lost: it is written anew from the
-    beginning, and replaces the offline folders of earlier attempts.
+    On a resume wandb.ai keeps what it has and is sent the later steps. A run in offline mode has no
+    such memory, and what a killed process had not written is lost, so such a run is written anew
+    from the beginning and replaces the offline folders of earlier attempts.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path, step: int, tell: Callable[[str], None]):
@@ -120,7 +120,7 @@ class _Wandb:
         )
         try:
             self.run = start()
-        except wandb.errors.CommError as error:  # a requeued run does not end for that
+        except wandb.errors.CommError as error:  # a requeued run must not end for that
             tell(
                 f"warning: wandb does not answer ({dist.first_line(error)}); this attempt is "
                 f"written to {folder / 'wandb'} for `wandb sync`"

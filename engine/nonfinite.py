@@ -26,7 +26,7 @@ CLEAN, FLAGGED, RUINED = 0, 1, 2
 
 
 class Step(NamedTuple):
-    """What is kept of a step until its window has turned out clean; tensors on the device."""
+    """What is kept of a step until its window has turned out clean; tensors are on the device."""
 
     step: int
     flag: Tensor
@@ -40,19 +40,19 @@ class FiniteGuard:
     """Watches the steps of this rank.
 
     Args:
-        engine: the DeepSpeed engine. plan: of the run. dataset: that its loader reads.
-        device: of this rank.
+        engine: the DeepSpeed engine. plan: the plan of the run. dataset: what its loader reads.
+        device: the device of this rank.
     """
 
     def __init__(self, engine, plan: Plan, dataset: TripletDataset, device: torch.device):
         self.engine, self.plan, self.dataset, self.device = engine, plan, dataset, device
         self.windows = plan.cfg.train.max_nonfinite_windows
-        # Where dynamic loss scaling ends to back off; DeepSpeed's default.
+        # At this scale dynamic loss scaling backs off no further; 1 is DeepSpeed's default.
         self.min_scale = plan.deepspeed.get("fp16", {}).get("min_loss_scale", 1)
         self.steps: list[Step] = []
         self.batch: Batch = {}
         self.bad_windows = 0
-        # Masks of a text tower hold -inf on purpose.
+        # Masks of a text tower hold -inf on purpose, so only what is finite now must stay so.
         saved = engine.module.state_dict().keys()
         self.buffers = [
             name for name, value in engine.module.named_buffers()
@@ -60,10 +60,10 @@ class FiniteGuard:
         ]  # fmt: skip
 
     def add(self, step: int, out: dict[str, Tensor], micro_batches: Sequence[Batch]) -> Tensor:
-        """Remember a step; its flag as a bool scalar, without waiting for the device.
+        """Remember a step and return its flag as a bool scalar, without waiting for the device.
 
         Args:
-            step: number after the step, as logged. out: what the stepper returned.
+            step: the number of steps done, as logged. out: what the stepper returned.
         """
         loss, norm = out["loss"], self.engine.get_global_grad_norm()
         norm = None if norm is None else torch.as_tensor(norm, device=loss.device)
@@ -76,25 +76,25 @@ class FiniteGuard:
         return flag
 
     def gave_up(self, step: int, micro_batches: Sequence[Batch], why: str) -> NoReturn:
-        """The step could not be made; collective, raises NonFiniteLoss."""
+        """End the run at a step that could not be made; collective, raises NonFiniteLoss."""
         unknown = torch.tensor(math.nan, device=self.device)
         self.add(step, {"loss": unknown}, micro_batches)
         self.abort(why)
 
     def close_window(self, bad: int) -> str | None:
-        """Judge the window that was just logged; all ranks together.
+        """Judge the window that was just logged; collective.
 
         Args:
-            bad: flagged steps of all ranks in it.
+            bad: how many steps of all ranks were flagged in it.
 
         Returns:
-            A warning, where the run goes on in spite of a bad window.
+            A warning if the run goes on in spite of a bad window.
 
         Raises:
             NonFiniteLoss: too many bad windows in a row, or weights that nothing can mend.
         """
         if not bad:
-            del self.steps[:-1]  # the last one is named if its update turns out to be bad
+            del self.steps[:-1]  # the last one is named should its update turn out bad
             self.bad_windows = 0
             return None
         self.bad_windows += 1
@@ -115,7 +115,7 @@ class FiniteGuard:
         """Whether a checkpoint may be written now; collective.
 
         The last update may have made weights so large that they are finite and their features are
-        not: the last micro-batch is encoded once more.
+        not, so the last micro-batch is encoded once more.
 
         Raises:
             NonFiniteLoss: the weights or the optimizer's state are ruined.
@@ -150,7 +150,7 @@ class FiniteGuard:
         )
 
     def _dump(self, facts: Step, why: str) -> Path:
-        """Write what is needed to run this rank's share of a step again; the JSON file."""
+        """Write what is needed to run this rank's share of a step again; returns the JSON file."""
         folder = Path(self.plan.cfg.output_dir)
         path = folder / f"nonfinite_step_{facts.step}_rank_{dist.rank()}.json"
         uids = facts.uids.tolist()
@@ -171,7 +171,7 @@ class FiniteGuard:
             "step": facts.step,
             "rank": dist.rank(),
             "world_size": dist.world_size(),
-            "loss": str(facts.loss.item()),  # as text: NaN is no JSON
+            "loss": str(facts.loss.item()),  # as text, because JSON has no NaN
             "grad_norm": _number(facts.grad_norm),
             "last_good": kept.name if kept else None,
             "replay": "engine.build.dataset(plan)[address] for the plan of config.yaml",
@@ -207,7 +207,7 @@ class FiniteGuard:
 
 @torch.no_grad()
 def all_finite(tensors: Iterator[Tensor], device: torch.device) -> bool:
-    """Whether no floating-point tensor holds NaN or infinity; one wait for the device."""
+    """Whether no floating-point tensor holds NaN or infinity; waits for the device once."""
     fine = torch.ones((), dtype=torch.bool, device=device)
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():

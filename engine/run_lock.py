@@ -1,4 +1,4 @@
-"""One run folder, one run: a second life of the same folder would mix its checkpoints with ours."""
+"""One run folder has one run: a second one at the same time would mix its checkpoints with ours."""
 
 import errno
 import fcntl
@@ -19,11 +19,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class RunLock:
     """A lock on `folder` (made if missing) that ends with this process, however it ends.
 
-    A POSIX record lock: data workers, which are forked, do not keep it.
+    It is a POSIX record lock, which data workers do not inherit when they are forked.
 
     Args:
-        tell: called with what there is to know while waiting for another process.
-        patience: seconds to wait for it.
+        tell: called with what there is to know while this process waits for another one.
+        patience: seconds to wait for that one.
 
     Raises:
         DataError: another process still holds the folder; it is named.

@@ -2,14 +2,17 @@
 
 import math
 
+SCHEDULES = ("cosine", "constant")
+
 
 def learning_rate(
     step: int, steps: int, warmup: int, lr: float, warmup_lr: float, min_lr: float, schedule: str
 ) -> float:
     """Learning rate of the update number `step` (0-based).
 
-    Linear from `warmup_lr` to `lr` over `warmup` steps, then constant, or half a cosine that
-    ends at `min_lr` after `steps` steps (Loshchilov and Hutter, arXiv 1608.03983, one cycle).
+    It rises linearly from `warmup_lr` to `lr` over `warmup` steps. Then it is constant, or follows
+    half a cosine that ends at `min_lr` after `steps` steps (Loshchilov and Hutter, arXiv
+    1608.03983, one cycle).
     """
     if step < warmup:
         return warmup_lr + (lr - warmup_lr) * (step + 1) / warmup

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: Python put engine/ first
+if __package__ in (None, ""):  # if this is run as a file, Python puts engine/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from loaders.errors import UserError
@@ -35,7 +35,7 @@ class StopRequest:
 
 
 def requeue(received: str) -> str:
-    """Put this SLURM job back into the queue if the signal asks for it; says what happened.
+    """Put this SLURM job back into the queue if the signal asks for it; returns what happened.
 
     Args:
         received: SIGUSR1, the warning before the time limit; or SIGTERM, which SLURM sends for
@@ -72,9 +72,9 @@ def preempted(record: str) -> bool:
 
 
 def settle(code: int) -> str:
-    """Decide what becomes of a job whose `srun` ended with `code`, and do it; says what happened.
+    """Decide what becomes of a job whose `srun` ended with `code`, and do it; returns what it did.
 
-    A program that refused its input (exit codes 2 to 5) would refuse it again. TERM that came
+    A program that refused its input (exit codes 2 to 5) would refuse it again. A TERM that came
     while Python was still starting (128 + 15) is a preemption like any other. After anything else
     a node may be gone: SLURM itself requeues the job when it marks the node DOWN, but the batch
     script ends earlier than that, as FAILED, when the other ranks lose their connection.

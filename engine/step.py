@@ -2,15 +2,16 @@
 
 With K micro-batches per rank the step is not K small contrastive losses. All features are first
 computed without a graph, the loss of the whole batch gives the gradient of each feature, and each
-micro-batch is then encoded again with a graph and sent back with its cached gradient (Gao et al.,
-GradCache, arXiv 2101.06983). The update equals that of one large batch. Two details decide it:
-DeepSpeed must not divide by K (`scale_wrt_gas=False`), and the second encoding must see the same
-random numbers, here because they are a function of (seed, step, rank, micro-batch).
+micro-batch is then encoded again with a graph, through which its cached gradient goes back (Gao et
+al., GradCache, arXiv 2101.06983). The update equals that of one large batch. Two details decide
+this: DeepSpeed must not divide by K (`scale_wrt_gas=False`), and the second encoding must see the
+same random numbers, which it does because they are a function of (seed, step, rank, micro-batch).
 
 The first micro-batches keep their graphs and are not encoded again: with k of K kept, K - k
-forward passes are repeated. One is always kept, since it takes no more memory than the graphs that
-the second encoding makes one by one; a budget holds more. They are encoded after all others, so
-that their graphs wait for nothing but the loss, and are the first to go.
+forward passes are repeated. One graph is always kept, because it takes no more memory than the
+graphs that the second encoding makes one by one; a memory budget allows more. These micro-batches
+are encoded after all others, so that their graphs wait for nothing but the loss, and they are the
+first whose graphs are freed.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ class Stepper:
     Args:
         engine: the DeepSpeed engine; its accumulation steps are the number of micro-batches.
         gather: the ranks that share the global batch.
-        seed: of the run; random numbers of a step depend on it, the step, rank and micro-batch.
+        seed: the seed of the run; the random numbers of a step depend on it, the step, the rank and
+            the micro-batch.
         graph_bytes: memory of a rank for the graphs of micro-batches that are not encoded again;
             one is kept in any case.
     """
@@ -40,7 +42,7 @@ class Stepper:
     def __init__(self, engine, gather: Gather, seed: int, graph_bytes: int = 0):
         self.engine, self.gather, self.seed = engine, gather, seed
         self.graph_bytes = graph_bytes
-        self.kept: int | None = None  # graphs to keep; decided by the first micro-batch
+        self.kept: int | None = None  # how many graphs to keep; the first micro-batch decides
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One update.
@@ -71,12 +73,12 @@ class Stepper:
         features = [{key: value.detach() for key, value in item.items()} for item in encoded]
         out, gradients, of_parameters = self._loss_gradients(features, micro_batches)
         for number, batch in enumerate(micro_batches):
-            again, encoded[number] = encoded[number], None  # its graph goes with its backward
+            again, encoded[number] = encoded[number], None  # its backward pass frees its graph
             if number >= self.kept:
                 self._seed(step, number)
                 again = self.engine(batch)
             surrogate = sum((again[key] * grads[number]).sum() for key, grads in gradients.items())
-            if number == 0:  # parameters used by the loss itself belong to one micro-batch only
+            if number == 0:  # parameters that the loss itself uses get their gradient once
                 surrogate = surrogate + sum((p * grad).sum() for p, grad in of_parameters)
             self.engine.backward(surrogate, scale_wrt_gas=False)
             self.engine.step()
@@ -84,7 +86,7 @@ class Stepper:
         return out
 
     def _encode(self, step: int, micro_batches: Sequence[Batch]) -> list[Features]:
-        """Features of all micro-batches, of the first ones with their graphs."""
+        """Features of all micro-batches; those of the first ones have their graphs."""
         pieces = len(micro_batches)
         if self.kept is None:
             self._seed(step, 0)
@@ -110,7 +112,7 @@ class Stepper:
         return pieces - int(self.gather.max_(torch.tensor([pieces - mine], device=device)))
 
     def _loss_gradients(self, features: list[Features], micro_batches: Sequence[Batch]):
-        """Loss on all features; its gradient by feature and micro-batch, and by parameter."""
+        """The loss on all features, its gradient by feature and micro-batch, and by parameter."""
         whole = {key: torch.cat([f[key] for f in features]) for key in features[0]}
         for value in whole.values():
             value.requires_grad_(value.is_floating_point())
@@ -119,7 +121,7 @@ class Stepper:
         out["loss"] = total_loss(out)
         keys = [key for key, value in whole.items() if value.requires_grad]
         parameters = [p for p in method.parameters() if p.requires_grad]
-        # torch.autograd.grad, not backward: DeepSpeed's hooks must not see this pass.
+        # torch.autograd.grad instead of backward, because DeepSpeed's hooks must not see this pass.
         grads = torch.autograd.grad(
             out["loss"], [whole[key] for key in keys] + parameters, allow_unused=True
         )
@@ -164,8 +166,8 @@ def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:
 
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Keep running statistics of batch norms as they are during one forward pass that another one
-    repeats."""
+    """Keep the running statistics of batch norms as they are during a forward pass that is repeated
+    later."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

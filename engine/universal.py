@@ -4,10 +4,10 @@
     step_0001000.universal/zero/optimizer_state.pt
 
 DeepSpeed 0.19.8 converts its ZeRO 1, 2 and 3 checkpoints (`ds_to_universal`), but loads the
-result only into the same family of stages: 3 names its files and states otherwise than 1 and 2,
-and 0 has neither converter nor loader. So the converted files are brought to one form here,
-which the optimizers of stages 1, 2 and 3 read themselves, and stage 0 is done by hand. Weights,
-moments, step count, buffers and what a method keeps (queues, temperatures) all survive.
+result only into the same family of stages: stage 3 names its files and states otherwise than 1 and
+2, and stage 0 has neither a converter nor a loader. So the converted files are brought to one form
+here, which the optimizers of stages 1, 2 and 3 read themselves, and stage 0 is done by hand.
+Weights, moments, step count, buffers and what a method keeps (queues, temperatures) all survive.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def convert(checkpoint: Path, stage: int, device: torch.device) -> Path:
     """The universal form of a checkpoint that was written at ZeRO `stage`; collective.
 
-    Made once by rank 0 under another name, flushed and renamed, so that a kill leaves nothing
-    half-done under this one.
+    Rank 0 makes it once, under another name, flushes it and renames it, so that a kill leaves
+    nothing half-done under its final name.
 
     Raises:
         DataError: on all ranks, if rank 0 cannot write, say on a full disk.
@@ -95,8 +95,8 @@ def _load_module(engine, state: dict[str, torch.Tensor], sharded: bool) -> None:
         return
     import deepspeed
 
-    # Sharded parameters come from the optimizer's copies; of frozen ones it has none, and buffers
-    # are whole on every rank.
+    # Sharded parameters come from the optimizer's copies. It has no copies of frozen ones, so these
+    # are read here, and so are buffers, which are whole on every rank.
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
             if not parameter.requires_grad:
@@ -109,7 +109,7 @@ def _load_module(engine, state: dict[str, torch.Tensor], sharded: bool) -> None:
 
 
 def _convert_sharded(checkpoint: Path, target: Path) -> None:
-    """DeepSpeed's converter, then one form for all stages."""
+    """Run DeepSpeed's converter, then bring its files to one form for all stages."""
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = Namespace(
@@ -124,7 +124,7 @@ def _convert_sharded(checkpoint: Path, target: Path) -> None:
     latest = checkpoint.parent / "latest_universal"
     with contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(arguments)
-    latest.unlink(missing_ok=True)  # a second pointer, to a name that exists no more
+    latest.unlink(missing_ok=True)  # a second pointer, to a name that no longer exists
     optimizer = torch.load(target / "zero" / "optimizer_state.pt", weights_only=False)
     inner = optimizer.get("optimizer_state_dict", {}).get("state", {})
     step = inner[0]["step"] if inner else None  # stage 3 keeps it in one place
@@ -139,7 +139,7 @@ def _convert_sharded(checkpoint: Path, target: Path) -> None:
 
 
 def _one_form(folder: Path, step, shape: list[int]) -> None:
-    """A dictionary with a tensor of the weight's shape; stage 3 leaves bare flat tensors."""
+    """Make dictionaries with a tensor of the weight's shape; stage 3 leaves bare flat tensors."""
     for path in folder.glob("*.pt"):
         content = torch.load(path, weights_only=False)
         if path.stem != "step":
@@ -159,7 +159,7 @@ def _write_global_state(target: Path, state: dict, step) -> None:
         **kept,
         "overflow": False,
         "ds_version": deepspeed.__version__,
-        # No hyper-parameters: they are those of the configuration that continues.
+        # Hyper-parameters are left out: the configuration that continues gives them.
         "param_groups": [{}] * 64,
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [{}]},
     }

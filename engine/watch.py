@@ -1,4 +1,4 @@
-"""Which rank keeps the others waiting: every rank notes what it does, the one that waits reads.
+"""Finds the rank that keeps the others waiting: every rank notes what it does, for others to read.
 
 A collective operation that one rank does not reach blocks all others. torch ends them after a
 time-out, but cannot say whom they waited for, and nccl ends the process before Python could speak.
@@ -29,12 +29,12 @@ Notes = dict[int, dict[str, Any]]
 
 
 class Place(NamedTuple):
-    """Where a rank is: how many phases it has entered, in which step, doing what, since when."""
+    """Where a rank is: how many phases it has entered, its step and phase, and since when."""
 
     count: int
     step: int
     phase: str
-    patient: bool  # may take longer than the time-out as long as all ranks are alive
+    patient: bool  # the phase may outlast the time-out as long as all ranks are alive
     since: float
 
 
@@ -49,8 +49,8 @@ class Watch:
     def __init__(self, timeout_minutes: float, tell: Callable[[str], None]):
         self.tell, self.timeout_minutes = tell, timeout_minutes
         self.limit = 60 * timeout_minutes
-        self.interval = min(5.0, self.limit / 20)  # between two notes
-        self.patience = min(10.0, self.limit / 4)  # with a store that does not answer
+        self.interval = min(5.0, self.limit / 20)  # seconds between two notes
+        self.patience = min(10.0, self.limit / 4)  # seconds to wait for the store's answer
         self.place = Place(0, 0, "starting", True, time.monotonic())
         self.ended: str | None = None
         self.beat = 0
@@ -63,18 +63,18 @@ class Watch:
                 threading.Thread(target=job, daemon=True).start()
 
     def at(self, step: int, phase: str, patient: bool = False) -> None:
-        """This rank enters a phase. `patient`: one like saving, that may be long for all ranks."""
+        """This rank enters a phase; `patient`: one like saving, which may be long on all ranks."""
         self.place = Place(self.place.count + 1, step, phase, patient, time.monotonic())
 
     def stop(self, why: str | None = None) -> None:
-        """This rank leaves; `why` is the error that ends it, for the ranks that miss it."""
+        """This rank leaves; `why` is the error that ends it, which ranks that miss it will tell."""
         self.over.set()
         self.ended = why or "finished"
         if dist.world_size() > 1:
             _within(2.0, self._write)
 
     def report(self) -> "Finding":
-        """Which ranks are missing, and what they did last; takes a few seconds."""
+        """Say which ranks are missing and what they did last; this takes a few seconds."""
         first = _within(self.patience, _read)
         time.sleep(2.5 * self.interval)
         second = _within(self.patience, _read)
@@ -118,12 +118,12 @@ class Watch:
         while not self.over.wait(self.interval):
             try:
                 self._write()
-            except RuntimeError:  # the store has gone with its rank: others will read that
+            except RuntimeError:  # the store has gone with its rank, which the judge will notice
                 return
 
     def _judge(self) -> None:
         warned = -1
-        # Before torch's own time-out, which would end the process without names.
+        # This comes before torch's own time-out, which would end the process without names.
         limit = self.limit - min(60.0, self.limit / 4)
         while not self.over.wait(self.interval):
             place = self.place
@@ -154,14 +154,14 @@ class Watch:
 
 
 class Finding(NamedTuple):
-    """Whether every rank still writes notes, and who is missing in words."""
+    """Whether every rank still writes notes, and in words which ranks are missing."""
 
     all_alive: bool
     words: str
 
 
 def diagnose(first: Notes, second: Notes, world_size: int) -> Finding:
-    """Who is missing, from two readings of the notes a few beats apart.
+    """Find out who is missing, from two readings of the notes a few beats apart.
 
     Args:
         first, second: notes by rank; a rank may be absent.
@@ -212,7 +212,7 @@ def _last(notes: Notes, ranks: list[int]) -> str:
 
 
 def _line_of(thread: int | None) -> dict[str, Any]:
-    """Innermost line of this repository that a thread is at, and if it waits in a collective."""
+    """The innermost line of this repository that a thread is at, and whether a collective waits."""
     frame = sys._current_frames().get(thread)
     stack = traceback.StackSummary.extract(
         traceback.walk_stack(frame), lookup_lines=False, capture_locals=False
@@ -232,14 +232,14 @@ def _line_of(thread: int | None) -> dict[str, Any]:
 
 
 def _read() -> Notes:
-    """All notes that there are, over a connection of its own."""
+    """Read all notes that there are, over a connection of their own."""
     store = dist.connect(timedelta(seconds=10))
     keys = [(r, f"watch/{r}") for r in range(dist.world_size())]
     return {r: json.loads(store.get(key)) for r, key in keys if store.check([key])}
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The function's result, or None if it fails or does not come back: a store may be stopped."""
+    """The function's result, or None if it fails or does not return, say from a stopped store."""
     box: list[Any] = []
 
     def call() -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from loaders.bad_samples import BadSample, describe_failure
 from loaders.bad_samples import BadSampleCounter as BadSampleCounter
+from loaders.choices import CAPTION_LABELS
 from loaders.decoders import BadImage, Decoder, decode
 from loaders.errors import ConfigError, DataError
 from loaders.labels import PAIR, LabelSpace, caption_group
@@ -30,7 +31,6 @@ from loaders.workers import GuardedLoader, ReadingNotes
 
 ATTEMPTS = 10
 TENSORS = ("image", "text")
-CAPTION_LABELS = ("unique", "by_text")
 
 
 class GlobalOrder(Protocol):
@@ -215,11 +215,7 @@ class StepBatches(Sampler):
 
 
 def collate(samples: Sequence[dict]) -> dict:
-    """Samples of one micro-batch to a batch (shapes: `TripletDataset`, with b in front).
-
-    image uint8 (b, V, 3, H, W); text int64 (b, T, L); label, uid, source int64 (b,); step int;
-    bad: list of `BadSample`.
-    """
+    """Samples of one micro-batch to a batch, whose keys docs/design.md ("Batch") describes."""
     # In a worker it stacks straight into memory that is shared with the trainer.
     batch = {name: default_collate([sample[name] for sample in samples]) for name in TENSORS}
     for name in ("label", "uid", "source"):

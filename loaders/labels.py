@@ -13,11 +13,11 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
+from loaders.choices import MERGES
 from loaders.errors import ConfigError, DataError
 from loaders.manifest import ShardSet
 
 PAIR = -1
-MERGES = ("disjoint", "synset")
 Labels = TypeVar("Labels", np.ndarray, Tensor)
 
 

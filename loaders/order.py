@@ -18,9 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from loaders.choices import SAMPLERS
 from loaders.errors import ConfigError, DataError
-
-SAMPLERS = ("balanced", "proportional", "ratio")
 
 
 @dataclass(frozen=True)

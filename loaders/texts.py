@@ -46,11 +46,16 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         _check_templates("text templates", self.templates)
-        key = self.caption_source.removeprefix("json.")
-        if self.caption_source != "txt" and key in ("", self.caption_source):
-            raise ConfigError(f"data.caption={self.caption_source!r}: give 'txt' or 'json.KEY'")
+        check_caption_source(self.caption_source)
         if self.views < 1:
             raise ConfigError(f"text views must be at least 1, not {self.views}")
+
+
+def check_caption_source(choice: str) -> None:
+    """Raise `ConfigError` unless `choice` is `txt` or `json.KEY`."""
+    key = choice.removeprefix("json.")
+    if choice != "txt" and key in ("", choice):
+        raise ConfigError(f"data.caption={choice!r}: give 'txt' or 'json.KEY'")
 
 
 def presets() -> dict[str, dict]:

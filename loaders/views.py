@@ -16,14 +16,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
+from loaders.choices import AUGMENTATIONS
 from loaders.crops import Picture, RandomCrop, TimmCrop, to_pixels, to_tensor
 from loaders.decoders import FORMATS as FORMATS
 from loaders.decoders import MAX_PIXELS, BadImage
 from loaders.decoders import decode as decode
 from loaders.decoders import decoder as decoder
 from loaders.errors import ConfigError
-
-RECIPES = ("unicl_release", "paper", "clip", "clipart", "none")
 
 View = Callable[[Picture], Tensor]
 
@@ -59,7 +58,7 @@ def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[flo
     if recipe == "clipart":
         jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
         return _CropView(RandomCrop(size, (0.6, 1.0)), True, jitter)
-    raise ConfigError(f"image views {recipe!r} are unknown; there are {', '.join(RECIPES)}")
+    raise ConfigError(f"image views {recipe!r} are unknown; there are {', '.join(AUGMENTATIONS)}")
 
 
 def build_eval(resize: int, crop: int, interpolation: str = "bicubic") -> View:

@@ -46,7 +46,7 @@ class Method(nn.Module):
 
         Args:
             model: a two-tower model (`encode_image`, `encode_text`, `scale`).
-            batch: `image` (b, V, 3, H, W) normalised floats, `text` (b, T, L) token ids.
+            batch: tensors on the device, described in docs/design.md ("Batch").
 
         Returns:
             `image` (b, D) and `text` (b, D), l2-normalised; `scale` (b,), the multiplier

@@ -10,6 +10,7 @@ import yaml
 
 import models
 from loaders.errors import ConfigError, DataError
+from models import plain_yaml
 from models.config import ModelConfig
 from models.two_tower import TwoTower
 
@@ -112,10 +113,10 @@ def read(config: Path) -> tuple[dict[str, Any], TwoTower]:
     """A run's configuration, and its model without starting weights.
 
     Raises:
-        DataError: no plain YAML, or no model in it.
+        DataError: no plain YAML (`models.plain_yaml`), or no model in it.
     """
     try:
-        cfg = yaml.safe_load(config.read_text(encoding="utf-8"))
+        cfg = yaml.load(plain_yaml.read_text(config), Loader=plain_yaml.Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{config}: {error}") from None
     if not isinstance(cfg, dict) or "model" not in cfg:

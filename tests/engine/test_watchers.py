@@ -162,7 +162,8 @@ def test_a_rank_that_does_not_come_is_named_and_nobody_waits_for_ever(tmp_path):
             waiting = processes[1] if name == "store" else processes[0]
             text[name] = "".join(waiting.communicate(timeout=200))
             assert waiting.returncode == 6, text[name]
-        # Who wakes up again, or was late itself, finds the others gone and does not wait either.
+        # A rank that wakes up again, or was late itself, finds that the others have gone, and does
+        # not wait for them either.
         for name, rank in (("stopped", 1), ("store", 0), ("sleeps", 1)):
             late = cases[name][rank]
             late.send_signal(signal.SIGCONT)

@@ -14,10 +14,11 @@ from engine.step import Stepper
 from eval import zero_shot
 from loaders.errors import DataError
 from losses._gather import Gather
-from models import export, unpickling, weights
+from models import export, plain_yaml, unpickling, weights
 from models.formats import weight_files
 from tests import commands, multiprocess
 from tests.engine import run_folder, tiny
+from tests.hostile.test_config import laughs
 
 IDENTITY = {"train.global_batch": 12}
 
@@ -102,7 +103,13 @@ def test_files_of_a_run_folder_are_refused_in_words(tmp_path):
     config = (run / "config.yaml").read_text()
     file = run / "checkpoints" / "step_0000007" / "model.safetensors"
     good = file.read_bytes()
-    for attack in (f"a: !!python/object/apply:os.open [{marker}, 64]", "a: [", "\x1b", "[" * 10**5):
+    code = f"a: !!python/object/apply:os.open [{marker}, 64]"
+    # A few lines that are gigabytes once their aliases are merged, or printed in an error.
+    merged = [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 60)]
+    merged = "\n".join(["a0: &a0 {k: 1}", *merged])
+    printed = laughs(60).replace("model:", "a:") + "\nmodel: {embed_dim: *a59}"
+    large = config + "#" * plain_yaml.MAX_BYTES
+    for attack in (code, "a: [", "\x1b", "[" * 10**5, merged, printed, large):
         (run / "config.yaml").write_text(attack)
         with pytest.raises(DataError, match=r"config\.yaml"):
             weights.load(run)

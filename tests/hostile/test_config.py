@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 
 import train
-from engine import config, config_file
+from engine import config
 from loaders.errors import ConfigError
+from models import plain_yaml
 from tests import commands
 from tests.commands import ROOT
 from tests.hostile.parts import limit_memory
@@ -22,11 +23,6 @@ def laughs(levels: int = 30) -> str:
     return "\n".join(lines)
 
 
-def interpolations(levels: int = 40) -> str:
-    lines = ["loss:", "  name: unicl", "  a0: lol"]
-    return "\n".join([*lines, *(f"  a{i}: ${{.a{i - 1}}}${{.a{i - 1}}}" for i in range(1, levels))])
-
-
 ATTACKS = {
     "object": ("name: !!python/object/apply:os.system ['touch {marker}']", "object tag"),
     "new object": ("name: !!python/object/new:os.system ['touch {marker}']", "object tag"),
@@ -37,18 +33,13 @@ ATTACKS = {
     "laughs": (laughs(), r"line 4: the alias \*a0"),
     "endless alias": ("model: &a [*a]", r"alias \*a"),
     "merge": ("model: &m {a: 1}\nloss:\n  <<: *m", r"alias \*m"),
-    "interpolations": (interpolations(), "78 interpolations .*more than 20"),
     "interpolation of itself": ("name: ${name}", "wrong kind"),
     "interpolation of nothing": ("data: {image_text: '${nope.x}'}", "wrong kind.*nope"),
     "interpolation of a secret function": ("name: ${os.system:ls}", "wrong kind"),
     "duplicate keys": (GOOD + "seed: 1\nseed: 2\n", "duplicate key seed"),
     "duplicate keys below": ("train: {steps: 1, steps: 2}", "duplicate key steps"),
-    "nested": ("model: " + "[" * 100_000, "more than 40"),
-    "nested maps": ("model: " + "{a: " * 30_000, "more than 40"),
-    "integer of 400 digits": ("seed: " + "9" * 400, "a number of 400 characters"),
-    "hexadecimal": ("seed: 0x" + "f" * 5000, "a number of 5002 characters"),
-    "sexagesimal": ("seed: " + ":".join(["59"] * 5000), "a number of 14999 characters"),
-    "integer of 100 bits": ("seed: 1267650600228229401496703205376", "seed: a number of 101 bits"),
+    "integer of 100 bits": ("seed: 1267650600228229401496703205376", r"seed=\d+ must be .* 2\^63"),
+    "integer of 1300 bits": ("optim: {lr: " + "9" * 400 + "}", "too large"),
     "infinite": ("optim: {lr: .inf}", "optim.lr=inf: a number must be finite"),
     "infinite exponent": ("optim: {lr: 1.0e+999}", "optim.lr=inf"),
     "not a number": ("optim: {lr: .nan}", "optim.lr=nan"),
@@ -104,7 +95,7 @@ def test_bytes_that_are_no_text(tmp_path, content):
 def test_files_that_never_end_are_not_read(tmp_path):
     large = tmp_path / "large.yaml"
     large.touch()
-    os.truncate(large, config_file.MAX_BYTES + 1)
+    os.truncate(large, plain_yaml.MAX_BYTES + 1)
     os.mkfifo(tmp_path / "pipe.yaml")
     for name in ("large.yaml", "pipe.yaml", "absent.yaml", "."):
         with pytest.raises(ConfigError, match=r"cannot read configuration"):

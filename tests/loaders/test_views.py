@@ -13,11 +13,11 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
 
+from loaders.choices import AUGMENTATIONS
 from loaders.crops import TimmCrop
 from loaders.errors import ConfigError
 from loaders.views import (
     MAX_PIXELS,
-    RECIPES,
     BadImage,
     build_eval,
     build_train,
@@ -144,7 +144,7 @@ def test_damaged_exif_does_not_cost_the_image():
     assert decode(data).size == (50, 37)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", AUGMENTATIONS)
 def test_recipes_give_uint8_and_follow_the_seed(recipe):
     view, image = build_train(recipe, 24, MEAN, STD), picture(size=(150, 150))
 
