@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse, check, and hand over to `engine.loop`."""
+    """Parse, check, and hand over to `engine.run`."""
     arguments = parse_arguments()
     # Imports are late so that --help and a wrong key answer at once.
     from engine import config
@@ -75,10 +75,10 @@ def main() -> None:
         # Before the ranks meet: a second job on the same folder ends here, and its ranks with it.
         RunLock(Path(cfg.output_dir), lambda line: print(line, file=sys.stderr, flush=True))
 
-    from engine.loop import Trainer
+    from engine.run import Run
 
     device = dist.initialise(cfg.timeout_minutes)
-    Trainer(plan, device, evaluate, stop).run()
+    Run(plan, device, evaluate, stop).run()
     dist.finish()
 
 

@@ -80,8 +80,6 @@ def report(outs: list[Path], model: str | None, workers: int, output: Path) -> l
 
     Raises `DataError` if a folder is no data set, is damaged, or the model cannot be loaded.
     """
-    from data_prep.checks.report_figures import draw  # here: --help need not load matplotlib
-
     if model:
         concepts.load(model)  # it may not be there, and that is better said at once
     sets = []

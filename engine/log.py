@@ -98,20 +98,25 @@ class Meter:
 
 class RunLog:
     """The run folder's `log.txt` and `metrics.jsonl`, the console, and the mirrors of
-    `log.report_to`; silent but on rank 0. Until `begin` it can only speak.
+    `log.report_to`; silent but on rank 0, and until `open`. Until `begin` it can only speak.
 
     Args:
-        folder: the run folder, made if missing. steps: of the run. cfg: of the run.
+        folder: the run folder. steps: of the run. cfg: of the run.
     """
 
     def __init__(self, folder: Path, steps: int, cfg: DictConfig):
-        self.active = dist.rank() == 0
+        self.active = False
         self.folder, self.steps, self.cfg = folder, steps, cfg
         self.metrics = folder / "metrics.jsonl"
         self.text = folder / "log.txt"
         self.mirrors: Mirrors | None = None
+        self.bar: tqdm | None = None
+
+    def open(self) -> None:
+        """Lines may be written from here on; the folder is made if it is missing."""
+        self.active = dist.rank() == 0
         if self.active:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, step: int) -> None:
         """Records come from here on.

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 # What most tests and train.py import anyway. A fork server has it loaded already, so that a process
 # starts in a tenth of a second, not in the ten seconds that these take.
 HEAVY = (
-    "engine.loop", "eval.tasks.checkpoint", "losses.unicl", "omegaconf._impl",
+    "engine.run", "eval.tasks.checkpoint", "losses.unicl", "omegaconf._impl",
     "torch._inductor.compile_fx", "deepspeed", "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops", "deepspeed.ops.triton_ops",
     "deepspeed.runtime.zero.muon.original_muon", "deepspeed.runtime.zero.stage_1_and_2",

@@ -43,13 +43,13 @@ def kill_after_lines(folder, count):
 def rest_and_whole(rank, world_size, folder):
     """Continue the killed run, with an evaluation, and make another one without interruption."""
     from engine import build
-    from engine.loop import Trainer
+    from engine.run import Run
 
     os.chdir(ROOT)
     os.environ["WANDB_MODE"] = "offline"
     for name, overrides in (("cut", [*MIRRORS, "evals.every_steps=32"]), ("whole", [])):
         cfg = config.load(CONFIG, [*SETTINGS, *overrides, f"output_dir={folder / name}"])
-        Trainer(build.plan(cfg, 1), torch.device("cpu"), evaluation if overrides else None).run()
+        Run(build.plan(cfg, 1), torch.device("cpu"), evaluation if overrides else None).run()
 
 
 def evaluation(checkpoint):

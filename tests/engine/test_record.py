@@ -49,17 +49,16 @@ def files(folder):
 
 def lives(rank, world_size, folder):
     """A run of six steps, and what other starts make of its folder."""
-    from engine.loop import Trainer
+    from engine.run import Run
 
     os.chdir(ROOT)
     run, found = folder / "run", {}
 
     def live(*overrides, stop=None):
         before = files(run) if run.exists() else {}
-        trainer = Trainer(plan(run, *overrides), torch.device("cpu"), stop=stop)
+        trainer = error = None
         try:
-            trainer.run()
-            error = None
+            trainer = Run(plan(run, *overrides), torch.device("cpu"), stop=stop).run()
         except DataError as failure:
             error = failure.exit_code, str(failure)
         return trainer, error, files(run) == before

@@ -118,7 +118,7 @@ class BrokenCable(Exception):
 
 def late_death():
     """Make the first step of a training fail, and its worker die while that is told."""
-    from engine import loop
+    from engine import loop, watch
 
     def fail(self):
         raise BrokenCable("the first error")
@@ -128,12 +128,12 @@ def late_death():
         time.sleep(0.5)  # a death is noticed between two lines
 
     def train(self):
-        batches = self._steps()
+        batches = self._batches()
         next(batches)
-        self.watch.trainer, loop.Watch.stop = self, stop
+        self.watch.trainer, watch.Watch.stop = self, stop
         fail(self)
 
-    loop.Trainer._train = train
+    loop.Trainer.train = train
 
 
 def test_a_worker_that_dies_while_an_error_is_told_changes_nothing(tmp_path):
