@@ -71,7 +71,7 @@ class Plan:
             classes = f", {len(source.classes)} classes" if source.classes else ""
             lines.append(
                 f"  {source.kind} {source.name}: {len(source)} samples in "
-                f"{len(source.shards)} shards{classes}{_several_captions(source, self.cfg)}"
+                f"{len(source.shards)} shards{classes}{_several_captions(source, self)}"
             )
         shares = zip(self.order.streams, self.order.shares, strict=True)
         lines += [
@@ -156,7 +156,9 @@ def dataset(plan: Plan) -> TripletDataset:
             )
         ]
         * plan.method.views["image"],
-        texts=TextOptions(texts.load_templates(cfg.data.templates), cfg.data.caption),
+        texts=TextOptions(
+            texts.load_templates(cfg.data.templates), cfg.data.caption, plan.method.views["text"]
+        ),
         tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
@@ -238,13 +240,17 @@ def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method
             raise ConfigError(f"loss.name={cfg.loss.name} needs data.{kind}")
 
 
-def _several_captions(source: ShardSet, cfg: DictConfig) -> str:
+def _several_captions(source: ShardSet, plan: Plan) -> str:
     """How many captions an image has, by the first samples; empty where each has one."""
     if source.kind != "image_text":
         return ""
-    counts = texts.count_captions(source, cfg.data.caption, _LOOKED_AT)
+    counts = texts.count_captions(source, plan.cfg.data.caption, _LOOKED_AT)
     low, high = min(counts, default=0), max(counts, default=0)
     if high < 2:
         return ""
     number = f"{low}" if low == high else f"{low} to {high}"
-    return f", {number} captions an image (first {len(counts)} samples), one drawn each time"
+    drawn = plan.method.views["text"]
+    return (
+        f", {number} captions an image (first {len(counts)} samples), "
+        f"{'one' if drawn == 1 else drawn} drawn each time"
+    )

@@ -14,7 +14,8 @@ import torch
 from engine import build, checkpoint, deepspeed_engine, dist, record
 from engine.bad_samples import BadSamples
 from engine.clock import Clock, slow_line
-from engine.log import Meter, RunLog, write_window
+from engine.log import RunLog
+from engine.meter import Meter, write_window
 from engine.nonfinite import FiniteGuard
 from engine.signals import StopRequest
 from engine.step import Batch, Stepper

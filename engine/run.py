@@ -13,8 +13,9 @@ import torch
 from engine import build, checkpoint, dist, record
 from engine.bad_samples import BadSamples
 from engine.clock import Clock
-from engine.log import Meter, RunLog, read_window
+from engine.log import RunLog
 from engine.loop import Trainer
+from engine.meter import Meter, read_window
 from engine.nonfinite import FiniteGuard
 from engine.signals import StopRequest, requeue
 from engine.step import Stepper
@@ -129,8 +130,8 @@ class Run:
             done=start.done,
             saved=start.done,
         )
-        if trainer.inside_window() and (rows := read_window(self.folder, start.done)):
-            trainer.meter.restore(rows)
+        if trainer.inside_window() and (window := read_window(self.folder, start.done)):
+            trainer.meter.restore(window)
         return trainer
 
     def _leave(self, received: int, trainer: Trainer) -> None:

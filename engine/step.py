@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from losses._gather import Gather
-from losses._method import Features
+from losses._method import Features, loss_terms
 
 Batch = dict[str, Tensor]
 
@@ -142,7 +142,7 @@ class Stepper:
 
 def total_loss(out: dict[str, Tensor]) -> Tensor:
     """Sum of the items named `*_loss` that are scalars."""
-    return sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
+    return sum(loss_terms(out).values())
 
 
 def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:

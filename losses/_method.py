@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from losses._gather import Gather
 
 Features = dict[str, Tensor]
+PER_SAMPLE = ("sample_loss", "positives")  # of what `loss` returns, also where b = 1
 
 
 @dataclasses.dataclass
@@ -66,8 +67,9 @@ class Method(nn.Module):
             gather: the ranks that share the batch.
 
         Returns:
-            Scalars named `*_loss` (they are summed; the mean over ranks is the global loss),
-            and optionally `sample_loss` (b,) and `positives` (b,) for the log.
+            Scalars named `*_loss` (they are summed; the mean over ranks is the global loss);
+            optionally `sample_loss` (b,) and `positives` (b,) for the log; and any other scalars
+            to be logged under their names, the same names in every step and on every rank.
         """
         raise NotImplementedError
 
@@ -106,6 +108,20 @@ def read_config(kind: type, values: dict[str, Any], where: str) -> Any:
             hint = f"did you mean {near[0]!r}?" if near else "it has no options"
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     return kind(**values)
+
+
+def scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The items of what `Method.loss` returned that are one number each, as tensors of shape ()."""
+    return {
+        name: value.reshape(())
+        for name, value in out.items()
+        if name not in PER_SAMPLE and value.numel() == 1
+    }
+
+
+def loss_terms(out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scalars named `*_loss`, whose sum is the loss."""
+    return {name: value for name, value in scalars(out).items() if name.endswith("_loss")}
 
 
 def zero_like_graph(features: Features) -> Tensor:

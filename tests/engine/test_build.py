@@ -67,3 +67,37 @@ def test_a_file_of_templates_is_known_by_its_content(tmp_path):
     assert plans[0] == plans[1] != plans[2]
     named = make_plan(tmp_path, lambda i: {"txt": b"a cat"}, "data.templates=clip_80").identity()
     assert named["data.templates"] == "clip_80"
+
+
+def test_a_method_that_asks_for_two_texts_gets_them(tmp_path, monkeypatch):
+    """Two prompts drawn independently; both captions of an image, in either order."""
+    from engine import build
+    from loaders import tokenizers
+    from loaders.batch import make_loader
+    from loaders.texts import load_templates
+    from losses import unicl
+
+    monkeypatch.setattr(unicl.Method, "views", {"image": 1, "text": 2})
+
+    def texts(i):
+        return {"json": json.dumps({"captions": [f"first {i}", f"second {i}"]}).encode()}
+
+    plan = make_plan(tmp_path, texts, "data.caption=json.captions")
+    assert ", 2 captions an image (first 8 samples), 2 drawn each time\n" in plan.describe()
+    dataset, encode = build.dataset(plan), tokenizers.build("clip", 12)
+    orders, repeated = set(), set()
+    for batch in make_loader(dataset, plan.order, 0, 1, 8, 0, 9, workers=0):
+        assert batch["text"].shape == (8, 2, 12)
+        for uid, label, ids in zip(batch["uid"], batch["label"], batch["text"], strict=True):
+            drawn = [tuple(row) for row in ids.tolist()]
+            if label < 0:
+                index = dataset.locate(int(uid))[1]
+                both = encode([f"first {index}", f"second {index}"]).tolist()
+                assert sorted(drawn) == sorted(map(tuple, both))
+                orders.add(drawn[0] == tuple(both[0]))
+            else:
+                names = plan.labels.names(int(label))
+                prompts = [t.format(n) for t in load_templates("clipart") for n in names]
+                assert {*drawn} <= {*map(tuple, encode(prompts).tolist())}
+                repeated.add(drawn[0] == drawn[1])
+    assert orders == repeated == {True, False}
