@@ -154,7 +154,7 @@ def from_tar(shards: list[str], samples: int, rounds: int) -> Iterator[dict]:
 
 def rows(quick: bool) -> Iterator[dict]:
     """All rows."""
-    samples, rounds = (256, 1) if quick else (1536, 5)
+    samples, rounds = (256, 1) if quick else (1024, 3)
     torch.set_num_threads(1)
     batch = torch.zeros(BATCH, 1, 3, 224, 224, dtype=torch.uint8)
     seconds = harness.paired({"": lambda: normalize(batch, (0.5,) * 3, (0.5,) * 3)}, 5)
