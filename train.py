@@ -50,7 +50,10 @@ def main() -> None:
     # The imports below and the start take up to minutes, and preemption does not wait for them.
     stop = None if arguments.dry_run else StopRequest()
 
-    from engine import build, dist, launch, record
+    from loaders.left_out import left_out
+
+    with left_out("wandb"):  # timm imports it for a function that nobody calls here
+        from engine import build, dist, launch, record
 
     launch.map_environment(os.environ)
     evaluate = None

@@ -43,16 +43,21 @@ def read(path: Path, overrides: Sequence[str], run: type) -> list[Layer]:
 
 
 def _method_config(files: list[Layer], overrides: Sequence[str], run: type) -> type | None:
-    """`Config` of the method that `loss.name` names; None for an unknown one, refused later."""
+    """`Config` of the method that `loss.name` names; None for an unknown one, refused later.
+
+    None, too, where no option of a method is given: to import a method takes torch.
+    """
     layers = [layer.values for layer in files]
     named = [text for text in overrides if text.partition("=")[0] in ("loss", "loss.name")]
     layers += [config_text.typed(text, run) for text in named]
     name = "unicl"
+    options = any(text.startswith("loss.") for text in overrides if text not in named)
     for layer in layers:
         loss = OmegaConf.to_container(layer).get("loss")
-        if isinstance(loss, dict) and isinstance(loss.get("name"), str):
-            name = loss["name"]
-    return losses.find(name).Config if name in losses.names() else None
+        if isinstance(loss, dict):
+            options = options or bool(loss.keys() - {"name"})
+            name = loss["name"] if isinstance(loss.get("name"), str) else name
+    return losses.find(name).Config if options and name in losses.names() else None
 
 
 def _chain(path: Path, seen: tuple[Path, ...]) -> list[Layer]:

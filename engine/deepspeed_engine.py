@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from omegaconf import DictConfig
@@ -142,6 +143,10 @@ def initialise(
         # killed leaves a lock on which the next start waits for ever. gloo is enough here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.ops.__compatible_ops__["deepspeed_ccl_comm"] = False
+    # The first reduction imports Muon, an optimizer that is not used. Its functions are compiled by
+    # a decorator, which would load torch's compiler: more than a second of each start.
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        import deepspeed.runtime.zero.muon.original_muon
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=ds, dist_init_required=False
     )

@@ -16,7 +16,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from engine import dist
 from loaders.errors import ConfigError
 
 PACKAGES = ("tensorboard", "wandb")
@@ -108,6 +107,9 @@ class _Wandb:
     def __init__(self, cfg: DictConfig, folder: Path, step: int, tell: Callable[[str], None]):
         import wandb
 
+        # Late, because a configuration is checked without torch.
+        from engine.dist import first_line
+
         start = partial(
             wandb.init,
             project=cfg.log.wandb_project,
@@ -122,7 +124,7 @@ class _Wandb:
             self.run = start()
         except wandb.errors.CommError as error:  # a requeued run must not end for that
             tell(
-                f"warning: wandb does not answer ({dist.first_line(error)}); this attempt is "
+                f"warning: wandb does not answer ({first_line(error)}); this attempt is "
                 f"written to {folder / 'wandb'} for `wandb sync`"
             )
             wandb.teardown()  # its service still holds the id

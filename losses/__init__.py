@@ -1,10 +1,18 @@
-"""Methods by name: `losses.build("unicl", {...})` imports `losses/unicl.py` and builds it."""
+"""Methods by name: `losses.build("unicl", {...})` imports `losses/unicl.py` and builds it.
 
+The package itself loads no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
 import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from losses._method import Method, read_config
+if TYPE_CHECKING:
+    from losses._method import Method
 
 
 def names() -> list[str]:
@@ -32,3 +40,14 @@ def find(name: str) -> type[Method]:
     if name not in names():
         raise ValueError(f"loss.name={name!r} is unknown; there are: {', '.join(names())}")
     return importlib.import_module(f"losses.{name}").Method
+
+
+def read_config(kind: type, values: dict[str, Any], where: str) -> Any:
+    """Dataclass `kind` from a mapping; raises ValueError naming the nearest key."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]!r}?" if near else "it has no options"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    return kind(**values)

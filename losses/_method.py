@@ -6,7 +6,6 @@ as long as `loss` sees the batch only through what `encode` returned and through
 """
 
 import dataclasses
-import difflib
 from typing import Any, ClassVar
 
 import torch
@@ -97,17 +96,6 @@ def text_features(model: nn.Module, ids: Tensor) -> Tensor:
         return model.encode_text(ids)["feature"]
     distinct, index = torch.unique(ids, dim=0, return_inverse=True)
     return model.encode_text(distinct)["feature"][index]
-
-
-def read_config(kind: type, values: dict[str, Any], where: str) -> Any:
-    """Dataclass `kind` from a mapping; raises ValueError naming the nearest key."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            hint = f"did you mean {near[0]!r}?" if near else "it has no options"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-    return kind(**values)
 
 
 def scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:
