@@ -4,7 +4,6 @@ The ranks keep theirs until a line of the log, or a checkpoint, is due; then ran
 Like metrics.jsonl the file is cut to the steps done when a run is continued.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch.distributed
 
 from engine import dist
+from engine.log import replace_lines
 from loaders.batch import BadSample, BadSampleCounter
 from loaders.printable import printable
 
@@ -45,9 +45,7 @@ class BadSamples:
             if len(row) == len(HEADER) and row[-1].isdigit() and int(row[-1]) <= done
         ]
         self.counts = Counter((row[0], row[3]) for row in kept)
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(_lines([HEADER, *kept]), encoding="utf-8")
-        os.replace(scratch, self.path)
+        replace_lines(self.path, ["\t".join(row) for row in (HEADER, *kept)])
 
     def add(self, step: int, bad: Sequence[BadSample], seen: int) -> None:
         """Those of this rank among the `seen` samples of a step."""
@@ -77,7 +75,7 @@ class BadSamples:
         new = not self.path.exists()
         self.counts.update((row[0], row[3]) for row in rows)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_lines([HEADER, *rows] if new else rows))
+            file.writelines("\t".join(row) + "\n" for row in ([HEADER] if new else []) + rows)
         if known:
             return None
         source, shard, key, reason, step = rows[0]
@@ -98,10 +96,6 @@ class BadSamples:
             return None
         counts = ", ".join(f"{n} {reason} in {s}" for (s, reason), n in self.counts.most_common())
         return f"{self.counts.total()} bad samples: {counts}; listed in {self.path}"
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> str:
-    return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def _field(text: str) -> str:

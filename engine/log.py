@@ -152,5 +152,5 @@ def keep_until(path: Path, step: int) -> None:
 def replace_lines(path: Path, lines: list[str]) -> None:
     """Write a file of lines as a whole, or leave the old one."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(line + "\n" for line in lines))
+    scratch.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(scratch, path)

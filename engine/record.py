@@ -21,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine import checkpoint, config, disk, dist, environment, identity, run_folder
 from engine.build import Plan, rate
-from engine.run_folder import CONFIG, DEEPSPEED, ENVIRONMENT
+from engine.run_folder import CONFIG, DEEPSPEED
 from loaders.errors import DataError, UserError
+from models.provenance import ENVIRONMENT
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engine import checkpoint, config, config_file
 from loaders.errors import ConfigError, DataError
+from models.provenance import ENVIRONMENT
 
-CONFIG, DEEPSPEED, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
+CONFIG, DEEPSPEED = "config.yaml", "ds_config.json"
 METRICS = "metrics.jsonl"
 # What a run rewrites or cuts in its folder; log.txt is only added to.
 WRITTEN = (
