@@ -155,9 +155,9 @@ def dataset(plan: Plan) -> TripletDataset:
                 cfg.data.augmentation, model.image.size, model.image.mean, model.image.std
             )
         ]
-        * plan.method.views["image"],
+        * len(plan.method.images),
         texts=TextOptions(
-            texts.load_templates(cfg.data.templates), cfg.data.caption, plan.method.views["text"]
+            texts.load_templates(cfg.data.templates), cfg.data.caption, len(plan.method.texts)
         ),
         tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
         seed=cfg.seed,
@@ -249,7 +249,7 @@ def _several_captions(source: ShardSet, plan: Plan) -> str:
     if high < 2:
         return ""
     number = f"{low}" if low == high else f"{low} to {high}"
-    drawn = plan.method.views["text"]
+    drawn = len(plan.method.texts)
     return (
         f", {number} captions an image (first {len(counts)} samples), "
         f"{'one' if drawn == 1 else drawn} drawn each time"

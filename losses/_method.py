@@ -27,13 +27,15 @@ class Method(nn.Module):
 
     Class attributes:
         Config: dataclass of the method's own configuration keys.
-        views: how many image and text views the loader must deliver.
+        images, texts: names of the image and text views that the loader must deliver, in the order
+            of `batch["image"][:, v]` and `batch["text"][:, t]`.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
     """
 
     Config: ClassVar[type] = NoOptions
-    views: ClassVar[dict[str, int]] = {"image": 1, "text": 1}
+    images: ClassVar[tuple[str, ...]] = ("image",)
+    texts: ClassVar[tuple[str, ...]] = ("text",)
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
 

@@ -70,7 +70,7 @@ class Method(Base):
     """Two views of each image through the image tower and a two-layer projection head."""
 
     Config = Config
-    views = {"image": 2, "text": 1}  # noqa: RUF012
+    images = ("first", "second")
     needs_labels = True
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
