@@ -77,7 +77,7 @@ def test_a_method_that_asks_for_two_texts_gets_them(tmp_path, monkeypatch):
     from loaders.texts import load_templates
     from losses import unicl
 
-    monkeypatch.setattr(unicl.Method, "views", {"image": 1, "text": 2})
+    monkeypatch.setattr(unicl.Method, "texts", ("first", "second"))
 
     def texts(i):
         return {"json": json.dumps({"captions": [f"first {i}", f"second {i}"]}).encode()}
