@@ -89,9 +89,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "autoaugment": Recipe(scale=(0.6, 1.0), policy=True),
         # For small drawings on white, ours: a crop that leaves something of the drawing in it, and
         # no blur, since a drawing of 64 pixels has no detail that a blur could spare.
-        "clipart_strong": Recipe(
-            scale=(0.3, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2
-        ),
+        "clipart_strong": Recipe(scale=(0.3, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2),
     }
 )
 
@@ -155,9 +153,10 @@ class RecipeView:
 
 
 def gaussian_blur(view: Tensor, sigma: float) -> Tensor:
-    """uint8 (3, H, W) blurred by a Gaussian of `sigma` pixels, cut at three of them, mirrored edges.
+    """uint8 (3, H, W), blurred by a Gaussian of `sigma` pixels that ends at three of them.
 
-    Along one side and then the other, which is the same and takes less time. Pillow's filter, which
+    Along one side and then the other, which is the same and takes less time; edges are mirrored.
+    Pillow's filter, which
     the published programs use, is a box filter made to resemble it.
     """
     sides = [min(2 * math.ceil(3 * sigma) + 1, 2 * side - 1) for side in view.shape[-2:]]
