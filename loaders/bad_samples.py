@@ -63,11 +63,12 @@ class BadSampleCounter:
 
 
 def describe_failure(
-    shards: ShardSet, index: int, bad: Sequence[BadSample], caption_source: str
+    shards: ShardSet, index: int, bad: Sequence[BadSample], caption: tuple[str, str]
 ) -> str:
     """What to tell of a source whose samples were bad, one after another.
 
-    `index`: the last of them, whose tar may be walked; `caption_source`: as in `TextOptions`.
+    `index`: the last of them, whose tar may be walked; `caption`: key and value of the
+    configuration that say where its caption was looked for.
     """
     last, reasons = bad[-1], Counter(sample.reason for sample in bad)
     what = (
@@ -77,22 +78,22 @@ def describe_failure(
     counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
     what += f" (in all: {counts})" if len(reasons) > 1 else " as all of them"
     if reasons.keys() <= ABSENT:
-        return f"{what}; {_explain_caption(shards, index, caption_source)}"
+        return f"{what}; {_explain_caption(shards, index, *caption)}"
     if reasons.keys() == {"no_image"}:
         extensions = member_extensions(last.shard, last.key)
         return f"{what}; it holds {listed(extensions)}. Read are {READ_EXTENSIONS}; rename them"
     return f"{what}; check that shard, or leave it out"
 
 
-def _explain_caption(shards: ShardSet, index: int, caption_source: str) -> str:
-    """Where a sample may have its caption, when `caption_source` finds none."""
+def _explain_caption(shards: ShardSet, index: int, key: str, source: str) -> str:
+    """Where a sample may have its caption, when `source` has none."""
     holding, ways, keys = what_it_holds(shards, index)
-    ways = [way for way in ways if way != caption_source]
-    what = f"data.caption={caption_source} finds no caption: {holding}"
+    ways = [way for way in ways if way != source]
+    what = f"{key}={source} finds no caption: {holding}"
     if ways:
-        return f"{what}; use " + " or ".join(f"data.caption={way}" for way in ways[:3])
+        return f"{what}; use " + " or ".join(f"{key}={way}" for way in ways[:3])
     if keys:
-        return f"{what}; use data.caption=json.KEY with the key that holds the caption"
+        return f"{what}; use {key}=json.KEY with the key that holds the caption"
     return f"{what}. Read are {READ_EXTENSIONS}; write the shards again with such names"
 
 

@@ -138,7 +138,7 @@ class TripletDataset(Dataset):
         """One sample, its texts as strings."""
         step, position, uid = (int(number) for number in address)
         source, index = self.locate(uid)
-        bad = []
+        bad, caption = [], ("data.caption", self.texts.caption_source)
         for attempt in range(ATTEMPTS):
             if attempt:
                 index = _hash(self.seed, step, position, attempt, "other") % len(
@@ -147,10 +147,9 @@ class TripletDataset(Dataset):
             try:
                 with self.notes.reading(source, index):
                     sample = self._make(source, index, _hash(self.seed, step, position, attempt))
-            except (BadImage, BadText) as error:
+            except (BadImage, BadText, MissingMember) as error:
                 bad.append(self._describe(source, index, error.reason))
-            except MissingMember as error:
-                bad.append(self._describe(source, index, error.reason))
+                caption = getattr(error, "where", None) or caption
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
                 where = self._describe(source, index, "")
                 raise DataError(
@@ -161,9 +160,7 @@ class TripletDataset(Dataset):
                 step_seed = _hash(self.seed, step) >> 1  # one for the whole global batch
                 facts = {"uid": uid, "source": source, "step": step, "step_seed": step_seed}
                 return {**sample, **facts, "bad": bad}
-        raise DataError(
-            describe_failure(self.sources[source], index, bad, self.texts.caption_source)
-        )
+        raise DataError(describe_failure(self.sources[source], index, bad, caption))
 
     def _make(self, source: int, index: int, seed: int) -> dict:
         """Read one sample and draw its views; all randomness from `seed`."""

@@ -53,15 +53,13 @@ def _entry(
     rng: random.Random,
 ) -> str:
     for number, source in enumerate(recipe.sources):
-        if source not in read:
-            try:
+        try:
+            if not read.get(source):  # empty: raises again, if it is needed here
                 read[source] = read_captions(shards, index, source)
-            except BadText as error:
-                if error.reason not in ABSENT:
-                    raise
-                read[source] = []
-        if number == 0 and not read[source]:
-            read_captions(shards, index, source)  # raises, with the reason
+        except BadText as error:
+            if number == 0 or error.reason not in ABSENT:
+                raise BadText(error.reason, (recipe.key, source)) from None
+            read[source] = []
     first = read[recipe.sources[0]]
     entries = [text for source in recipe.sources for text in read[source]]
     place = rng.randrange(len(entries))

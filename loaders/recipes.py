@@ -148,8 +148,9 @@ class RecipeView:
         """The view, and what was done: 1, brightness - 1, contrast - 1, saturation - 1, hue."""
         drawn = self._jitter.make_params([view])
         names = ("brightness_factor", "contrast_factor", "saturation_factor")
-        factors = [float(drawn[name]) - 1 for name in names]
-        return self._jitter.transform(view, drawn), [1.0, *factors, float(drawn["hue_factor"])]
+        # None stands for a strength of 0.
+        factors = [0.0 if drawn[name] is None else drawn[name] - 1 for name in names]
+        return self._jitter.transform(view, drawn), [1.0, *factors, drawn["hue_factor"] or 0.0]
 
 
 def gaussian_blur(view: Tensor, sigma: float) -> Tensor:

@@ -25,11 +25,14 @@ ABSENT = frozenset({"no_caption", "caption_not_text", "empty_caption"})
 
 
 class BadText(Exception):
-    """A caption that cannot be used; `reason` is one short word for the counts."""
+    """A caption that cannot be used; `reason` is one short word for the counts.
 
-    def __init__(self, reason: str) -> None:
+    `where`: key of the configuration and source, if a text view has a recipe of its own.
+    """
+
+    def __init__(self, reason: str, where: tuple[str, str] | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.where = reason, where
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Each global batch from one data set: shares, passes, seek, against counting step by step."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_batches_are_of_one_source_and_counts_are_those_of_a_walk(ratios):
     assert set(owners[:BLOCK]) == {0, 1, 2}
     first, second = owners[:BLOCK], owners[BLOCK : 2 * BLOCK]
     assert first != second, "blocks have orders of their own"
-    changes = sum(a != b for a, b in zip(first, first[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(first))
     chance = 1 - sum((w / sum(weights)) ** 2 for w in weights)
     assert abs(changes - BLOCK * chance) < 5 * BLOCK**0.5, "the order of a block is random"
 
