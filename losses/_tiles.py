@@ -1,7 +1,8 @@
 """One block of the logits of the contrastive core, tile by tile: see `losses._core`.
 
 `Tiles` is the form for a CPU, and the contract of every other form: the same constructor arguments
-x, y, scale and excluded, the same four methods.
+x, y, scale and excluded, the same four methods. Results have the type of x, or float32 where x has
+16 bits.
 
 Letters: n rows (images), m columns (texts), D embedding size, S = scale * x y^T the logits.
 """
