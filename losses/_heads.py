@@ -6,6 +6,7 @@ accumulation, and gradient caching stays exact. (torch's SyncBatchNorm joins ran
 micro-batches, and works on accelerators only.)
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -87,7 +88,7 @@ class Mlp(nn.Module):
 
     def __init__(self, widths: Sequence[int], norm: bool = True, last_norm: bool = False) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairs)
         normed = [norm] * (len(pairs) - 1) + [last_norm]
         self.norms = nn.ModuleList(

@@ -62,3 +62,12 @@ def moco(query, key, negatives, temperature):
         scores = [torch.dot(q, other) / temperature for other in [k, *negatives.double()]]
         total = total + torch.logsumexp(torch.stack(scores), 0) - scores[0]
     return total / len(query)
+
+
+def nt_xent(first, second, temperature):
+    """SimCLR (arXiv 2002.05709, equation 1), the mean over all views, from all cosines."""
+    views = torch.cat([first, second]).double()
+    logits = views @ views.T / temperature
+    others = logits.masked_fill(torch.eye(len(views), dtype=torch.bool), float("-inf"))
+    partner = torch.arange(len(views)).roll(len(first))
+    return (others.logsumexp(1) - logits[torch.arange(len(views)), partner]).mean()

@@ -57,9 +57,19 @@ def make_batch():
 def gradients_of(name, rows, keep_mib=64):
     """Loss and gradients of method `name` on the given rows of the batch."""
     image, text, second, labels = make_batch()
-    method = losses.build(name, {"keep_mib": keep_mib} if name in ("unicl", "clip") else {}, DIMS)
+    head = {"hidden": 7, "projection": 5}
+    options = {
+        "unicl": {"keep_mib": keep_mib}, "clip": {"keep_mib": keep_mib}, "simclr": head,
+        "slip": {"keep_mib": keep_mib, **head}, "moco": {"queue": 20, "projection": 6},
+    }  # fmt: skip
+    torch.manual_seed(3)  # heads
+    method = losses.build(name, options.get(name, {}), DIMS).double()
+    if name == "moco":  # with an empty queue its loss is 0
+        method.queue.keep(text)
+        method.step_end()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
+        "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
