@@ -62,7 +62,8 @@ def test_a_step_meets_the_keys_of_earlier_steps_only():
     for _ in range(5):
         query, key = (F.normalize(torch.randn(4, 4).double(), dim=1) for _ in range(2))
         out = method({"query": query, "key": key}, torch.zeros(4, dtype=torch.int64), Gather())
-        expected = dense.moco(query, key, torch.tensor(remembered).view(-1, 4), 0.2)
+        held = torch.tensor(remembered, dtype=torch.float64).view(-1, 4)
+        expected = dense.moco(query, key, held, 0.2)
         torch.testing.assert_close(out["contrastive_loss"], expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(out["sample_loss"].mean(), expected, rtol=1e-10, atol=1e-12)
         method.step_end()
