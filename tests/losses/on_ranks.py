@@ -14,6 +14,7 @@ from losses._block import Walk
 from losses._core import contrast, normalisers, sigmoid_sum
 from losses._gather import Gather
 from tests import multiprocess
+from tests.losses import small
 
 # Unequal numbers of rows per rank: 4 ranks form a 2 x 2 grid.
 ROWS = {2: [9, 9], 3: [5, 11, 2], 4: [3, 8, 1, 6]}
@@ -64,6 +65,7 @@ def leaves_of(rows):
     image, text, second, _ = make_batch()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
+        "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
@@ -73,8 +75,11 @@ def leaves_of(rows):
 def gradients_of(name, rows, keep_mib=64):
     """Loss and gradients of method `name` on the given rows of the batch."""
     leaves, labels = leaves_of(rows), make_batch()[-1]
-    method = losses.build(name, {} if name == "cross_entropy" else {"keep_mib": keep_mib}, DIMS)
-    out = method.double()(leaves, labels[rows], Gather())
+    method = small.build(name, DIMS, keep_mib=keep_mib).double()
+    if name == "moco":  # with an empty queue its loss is 0
+        method.queue.keep(make_batch()[1])
+        method.step_end()
+    out = method(leaves, labels[rows], Gather())
     loss = sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
     leaves |= {f"parameter {key}": value for key, value in method.named_parameters()}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
