@@ -10,10 +10,11 @@ from loaders.errors import ConfigError
 from models.config import TextConfig
 from models.text_transformer import set_hf_grad_checkpointing
 
-
 # Encoders that take a mask of (b, 1, L, L) as it is. Given one of (b, L), they first ask whether it
 # masks anything (transformers, masking_utils), and every encoding would wait for the device.
-_TAKE_WHOLE_MASKS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet")
+_TAKE_WHOLE_MASKS = (
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet",
+)  # fmt: skip
 
 
 def _encoder_config(cfg: TextConfig) -> PretrainedConfig:
