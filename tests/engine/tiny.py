@@ -30,13 +30,17 @@ def build(name="unicl", drop_path=0.0):
     ).train()
 
 
-def make_batch(step, size):
+def make_batch(step, size, images=2, texts=1):
     generator = torch.Generator().manual_seed(100 + step)
-    text = torch.randint(1, 49000, (size, 1, 12), generator=generator)
+    text = torch.randint(1, 49000, (size, texts, 12), generator=generator)
     text[:, :, -1] = 49407
     labels = torch.randint(-1, 5, (size,), generator=generator)
-    images = torch.randn(size, 2, 3, 32, 32, generator=generator)
-    return {"image": images, "text": text, "label": labels}
+    images = torch.randn(size, images, 3, 32, 32, generator=generator)
+    seeds = torch.randint(0, 2**62, (size + 1,), generator=generator)
+    return {
+        "image": images, "text": text, "label": labels,
+        "seed": seeds[1:], "step_seed": seeds[:1].repeat(size),
+    }  # fmt: skip
 
 
 def cut(batch, part, parts):
