@@ -188,6 +188,65 @@ def test_damaged_files_give_the_same_as_the_reference():
     assert taken > 50  # many damaged files are still decoded by simplejpeg
 
 
+def headed_files():
+    """Files of all layouts, good and damaged in their headers: name -> bytes."""
+    picture, rng = textured(4, (40, 30)), np.random.default_rng(1)
+    settings = [{}, {"comment": "a lake"}, {"optimize": True}, {"restart_marker_rows": 1}]
+    settings += [{"progressive": True}, {"exif": b"Exif\0\0"}, {"dpi": (72, 72)}]
+    good = [saved(picture.convert(m), "JPEG", **s) for m in ("RGB", "L", "CMYK") for s in settings]
+    segments = [part for data in good for part in split(data)[1:-1]]
+    for number, data in enumerate(good):
+        parts = split(data)
+        header = len(data) - len(parts[-1]) + 8
+        for kind in range(20):
+            bad, places = bytearray(data), rng.integers(0, header, rng.integers(1, 3))
+            bad[places[0]] = rng.choice([0, 1, 2, 255, rng.integers(256)])
+            bad[places[-1]] = rng.integers(256)
+            yield f"{number}, bytes {places}", bytes(bad)
+            other = parts.copy()
+            place = rng.integers(1, len(parts))
+            other[place : place + kind % 2] = [segments[rng.integers(len(segments))]]
+            yield f"{number}, segment {place} of {kind}", b"".join(other)
+        yield from ((f"{number}, cut at {end}", data[:end]) for end in range(0, header, 29))
+
+
+def split(data):
+    """The start mark, the segments of the header, and all from the pixels' on."""
+    parts, place = [data[:2]], 2
+    while data[place + 1] != 0xDA:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        parts.append(data[place:end])
+        place = end
+    return [*parts, data[place:]]
+
+
+def test_damaged_headers_give_the_same_as_the_reference(monkeypatch):
+    taken, opened = 0, Image.open
+    for name, data in headed_files():
+        expected, found = outcome(views.decode, data), outcome(quick_decode, data)
+        np.testing.assert_array_equal(found, expected, name)
+        monkeypatch.setattr(decoders.Image, "open", refuse)
+        taken += decoders.decode_plain(data) is not None
+        monkeypatch.setattr(decoders.Image, "open", opened)
+    assert taken > 100  # many of them without Pillow
+
+
+def refuse(*_, **__):
+    raise AssertionError("Pillow was asked")
+
+
+def test_headers_of_common_writers_are_read_without_pillow(monkeypatch):
+    picture = textured(5, (50, 40))
+    common = [saved(picture, "JPEG"), saved(picture.convert("L"), "JPEG", optimize=True)]
+    common.append(saved(picture, "JPEG", comment="a lake", restart_marker_rows=1))
+    unusual = [saved(picture, "JPEG", progressive=True), saved(picture, "JPEG", exif=b"Exif\0\0")]
+    monkeypatch.setattr(decoders.Image, "open", refuse)
+    assert all(decoders.decode_plain(data) is not None for data in common)
+    assert all(decoders.decode_plain(data) is None for data in unusual)
+    monkeypatch.setattr(decoders, "MAX_PIXELS", 50 * 40 - 1)
+    assert all(decoders.decode_plain(data) is None for data in common)
+
+
 @pytest.mark.parametrize("wrong", [lambda data: None, lambda data: right_pixels(data) ^ 1])
 def test_pillow_decodes_where_simplejpeg_has_other_pixels(monkeypatch, wrong):
     views.decoder.cache_clear()
