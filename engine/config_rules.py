@@ -105,7 +105,8 @@ def check(cfg: DictConfig) -> None:
     for key, words in CHOICES.items():
         if OmegaConf.select(cfg, key) not in words:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(words)}")
-    choices.check_augmentation(values["data"]["augmentation"], method.images, method.mixes)
+    mixes = vars(method).get("mixes", False)  # a method's own, see losses/_method.py
+    choices.check_augmentation(values["data"]["augmentation"], method.images, mixes)
     caption_recipes.read(values["data"]["caption"], method.texts)
 
 

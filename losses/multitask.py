@@ -18,7 +18,6 @@ from losses._method import Features, text_features, zero_like_graph
 class Method(cross_entropy.Method):
     """Sum of the two means, each over its own part of the global batch."""
 
-    mixes = False  # the contrast of its pairs does not
     needs_pairs = True
 
     def __init__(self, cfg: Any, dims: dict[str, int]):

@@ -9,6 +9,7 @@ import torch
 
 from engine import build, config
 from loaders.errors import ConfigError
+from losses import _mixing
 from tests import multiprocess
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,28 +21,27 @@ SETTINGS = [
 
 
 def runs(rank, world_size, folder, pieces):
-    """Losses of the four steps of each method, with that many micro-batches."""
+    """Losses of the four steps with that many micro-batches, and what was drawn for each of these."""
     from engine.run import Run
 
     os.chdir(ROOT)
-    found = {}
-    for name in ("unicl", "cross_entropy"):
-        place = folder / f"{name}_{world_size}_{pieces}"
-        settings = [*SETTINGS, f"loss.name={name}", f"output_dir={place}"]
-        cfg = config.load(CONFIG, [*settings, f"train.accumulation={pieces}"])
-        Run(build.plan(cfg, world_size), torch.device("cpu")).run()
-        if rank == 0:
-            lines = (place / "metrics.jsonl").read_text().splitlines()
-            found[name] = [json.loads(line)["loss"] for line in lines]
-    return found
+    drawn, mixed = [], _mixing.mixed
+    _mixing.mixed = lambda images, chosen: drawn.append(chosen) or mixed(images, chosen)
+    settings = [*SETTINGS, f"output_dir={folder}", f"train.accumulation={pieces}"]
+    Run(build.plan(config.load(CONFIG, settings), world_size), torch.device("cpu")).run()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines], drawn
 
 
 def test_a_run_on_two_ranks_with_micro_batches_is_the_run_on_one(tmp_path):
-    one = multiprocess.run(runs, 1, tmp_path, 1)[0]
-    two = multiprocess.run(runs, 2, tmp_path, 2)[0]
-    assert all(len(losses) == 4 for losses in one.values())
-    for name, losses in one.items():
-        assert two[name] == pytest.approx(losses, rel=2e-5), name
+    drawn = [_mixing.draw(0, step, 32, 32) for step in range(4)]
+    assert {chosen.box is None for chosen in drawn} == {True, False}
+    one, chosen = multiprocess.run(runs, 1, tmp_path / "one", 1)[0]
+    assert [tuple(mix) for mix in chosen] == [tuple(mix) for mix in drawn]
+    two, chosen = multiprocess.run(runs, 2, tmp_path / "two", 2)[0]
+    assert [tuple(mix) for mix in chosen] == [tuple(mix) for mix in drawn for _ in range(2)]
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=2e-5)
 
 
 def test_what_cannot_be_blended_is_refused():
@@ -53,4 +53,4 @@ def test_what_cannot_be_blended_is_refused():
         with pytest.raises(ConfigError, match=r"mixup_cutmix: this method cannot .* unicl, clip"):
             config.load(CONFIG, [*SETTINGS, f"loss.name={name}"])
     with pytest.raises(ConfigError, match=r"data\.augmentation\.image='mixup_cutmix'; one of"):
-        config.load(CONFIG, ["data.augmentation={image: mixup_cutmix}"])
+        config.load(CONFIG, [*SETTINGS, "data.augmentation={image: mixup_cutmix}"])
