@@ -48,6 +48,11 @@ class Plan:
     method: type[Method]
 
     @property
+    def mixes(self) -> bool:
+        """Whether images and targets are blended in pairs."""
+        return self.cfg.data.augmentation == choices.MIXED
+
+    @property
     def micro_batch(self) -> int:
         """Samples per rank and micro-batch."""
         return self.deepspeed["train_micro_batch_size_per_gpu"]
@@ -120,6 +125,12 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         deepspeed_engine.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed
     )
     method = losses.find(cfg.loss.get("name", "unicl"))
+    micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
+    if cfg.data.augmentation == choices.MIXED and micro_batch % 2:
+        raise ConfigError(
+            f"data.augmentation={choices.MIXED} blends samples in pairs, and a micro-batch of "
+            f"{micro_batch} leaves one over; change train.global_batch or train.accumulation"
+        )
     sources = [
         _open(spec, kind)
         for kind in ("image_label", "image_text")

@@ -102,16 +102,11 @@ def check(cfg: DictConfig) -> None:
         if value is not None and not holds(value):
             raise ConfigError(f"{key}={value} must be {words}")
     mirrors.chosen(cfg.log.report_to)
-    if cfg.data.augmentation == "mixup_cutmix":
-        raise ConfigError(
-            f"{cfg.name}: data.augmentation=mixup_cutmix: the trainer cannot blend images and "
-            "labels (MixUp, CutMix) yet, and without them this would be another experiment; "
-            "data.augmentation=unicl_release trains without"
-        )
     for key, words in CHOICES.items():
         if OmegaConf.select(cfg, key) not in words:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(words)}")
-    choices.check_augmentation(values["data"]["augmentation"], method.images)
+    mixes = vars(method).get("mixes", False)  # a method's own, see losses/_method.py
+    choices.check_augmentation(values["data"]["augmentation"], method.images, mixes)
     caption_recipes.read(values["data"]["caption"], method.texts)
 
 

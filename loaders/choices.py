@@ -17,6 +17,8 @@ AUGMENTATIONS = (  # loaders.views.build_train
     *("slip_weak", "slip_strong", "simclr", "moco_v3_first", "moco_v3_second", "declip", "uniclip"),
     *("align", "alip", "otter", "autoaugment", "clipart_strong"),
 )
+# The images of `unicl_release`, blended in pairs with their targets (losses/_mixing.py).
+MIXED = "mixup_cutmix"
 TEXT_AUGMENTATIONS = ("eda",)  # loaders.captions
 
 
@@ -45,9 +47,20 @@ def by_view(key: str, value: Any, views: Sequence[str]) -> list[Any]:
     return [value[name] for name in views]
 
 
-def check_augmentation(value: Any, views: Sequence[str]) -> None:
-    """Raise `ConfigError` unless `data.augmentation` has a known recipe for each image view."""
+def check_augmentation(value: Any, views: Sequence[str], mixes: bool) -> None:
+    """Raise `ConfigError` unless `data.augmentation` has a known recipe for each image view.
+
+    `mixes`: whether the method can blend its targets, as `MIXED` asks for.
+    """
+    if value == MIXED:
+        if not mixes:
+            raise ConfigError(
+                f"data.augmentation={MIXED}: this method cannot blend its targets, and without "
+                "that it would be another experiment; data.augmentation=unicl_release trains "
+                "without, and the methods unicl, clip and cross_entropy can"
+            )
+        return
     for name, recipe in zip(views, by_view("data.augmentation", value, views), strict=True):
         if recipe not in AUGMENTATIONS:
             key = f"data.augmentation.{name}" if isinstance(value, dict) else "data.augmentation"
-            raise ConfigError(f"{key}={recipe!r}; one of {', '.join(AUGMENTATIONS)}")
+            raise ConfigError(f"{key}={recipe!r}; one of {', '.join(AUGMENTATIONS)}, {MIXED}")

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.choices import AUGMENTATIONS
+from loaders.choices import AUGMENTATIONS, MIXED
 from loaders.crops import Picture, RandomCrop, TimmCrop, to_pixels, to_tensor
 from loaders.decoders import FORMATS as FORMATS
 from loaders.decoders import MAX_PIXELS, BadImage
@@ -49,10 +49,11 @@ def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[flo
         clipart: for small drawings on white: random resized crop bicubic 0.6-1, flip, mild
             colour jitter.
         none: resize of the shorter side and centre crop.
+        mixup_cutmix: as unicl_release; the trainer blends images and targets afterwards.
         Those of `loaders.recipes.RECIPES`, with values and sources there.
     Raises `ConfigError` for another name.
     """
-    if recipe == "unicl_release":
+    if recipe in ("unicl_release", MIXED):
         return _ReleaseView(size, mean, std)
     if recipe == "none":
         return _CentreView(size)

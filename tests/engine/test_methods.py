@@ -46,7 +46,7 @@ def guarded(function, *args):
 
 
 def on_two_ranks(rank, folder, name):
-    """Undisturbed; the same killed after a step; and the first life of a run that goes elsewhere."""
+    """Undisturbed; killed after a step; and the first life of a run that goes on elsewhere."""
     lives = functools.partial(family.lives, rank, 2, name)
     return {
         "whole": lives(f"{folder}/{name}/whole", [(1, 1, 0, STEPS)]),

@@ -201,8 +201,8 @@ def test_the_label_of_a_group_is_of_the_text_before_it_was_augmented(tmp_path):
     [
         ("summary", "json.summary",
          r"data\.caption\.summary\.from: json\.summary: none of the 9 samples tried of pairs has "
-         r"it \(the sample holds '\.jpg', '\.json', '\.txt', its \.json the keys 'caption'\); join a "
-         r"table with data_prep\.annotate, or name what is there: json\.caption, txt"),
+         r"it \(the sample holds '\.jpg', '\.json', '\.txt', its \.json the keys 'caption'\); join "
+         r"a table with data_prep\.annotate, or name what is there: json\.caption, txt"),
         ("caption", ["txt", "json.rewrites"],
          r"data\.caption\.caption\.from: json\.rewrites: none of the 9 samples tried"),
     ],

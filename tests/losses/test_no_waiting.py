@@ -15,6 +15,7 @@ import losses
 from losses import _block
 from losses._gather import Gather
 from losses._tiles import Tiles
+from tests.losses import small
 from tests.losses.on_ranks import DIMS, leaves_of, make_batch
 
 REFUSED = {
