@@ -13,7 +13,6 @@ L = L_BiC / (2 |B|); this is the form implemented. An image-text pair is its own
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
