@@ -11,18 +11,25 @@ from torch import nn
 
 import losses
 import models
-from engine import compilation, config, config_paths, deepspeed_engine, identity, optim
+from engine import (
+    compilation,
+    config,
+    config_paths,
+    data_lines,
+    deepspeed_engine,
+    identity,
+    optim,
+)
 from engine.schedule import learning_rate
-from loaders import source_names, texts, tokenizers, views
+from loaders import caption_recipes, choices, source_names, texts, tokenizers, views
 from loaders.batch import TextOptions, TripletDataset
 from loaders.errors import ConfigError, DataError
 from loaders.labels import LabelSpace
 from loaders.manifest import ShardSet, open_shards
+from loaders.one_source import OneSourceOrder
 from loaders.order import Order, Source, plan_streams
 from losses._method import Method
 from models.config import ModelConfig
-
-_LOOKED_AT = 8  # samples of a source, to say how many captions an image has
 
 
 @dataclass
@@ -40,6 +47,11 @@ class Plan:
     deepspeed: dict[str, Any]
     method: type[Method]
     notes: tuple[str, ...] = ()  # what was decided and not asked for
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images and targets are blended in pairs."""
+        return self.cfg.data.augmentation == choices.MIXED
 
     @property
     def micro_batch(self) -> int:
@@ -72,13 +84,12 @@ class Plan:
             classes = f", {len(source.classes)} classes" if source.classes else ""
             lines.append(
                 f"  {source.kind} {source.name}: {len(source)} samples in "
-                f"{len(source.shards)} shards{classes}{_several_captions(source, self)}"
+                f"{len(source.shards)} shards{classes}"
+                + data_lines.captions(source, self.cfg.data, len(self.method.texts))
             )
-        shares = zip(self.order.streams, self.order.shares, strict=True)
         lines += [
-            f"  sampler {self.cfg.data.sampler}: "
-            + ", ".join(f"{share} {stream.name}" for stream, share in shares)
-            + " in every global batch",
+            *data_lines.named_views(self.cfg.data),
+            f"  sampler {self.cfg.data.sampler}: {data_lines.shares(self.order, self.steps)}",
             f"  global batch {batch} = {self.world_size} ranks x {train.accumulation} "
             f"micro-batches x {self.micro_batch}",
             f"  {self.steps} steps ({self.warmup} warm-up), {self.steps * batch} samples, passes: "
@@ -116,6 +127,12 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
     deepspeed = deepspeed_engine.resolve(file, cfg, world_size, cfg.deepspeed)
     notes = [f"{cfg.deepspeed}: {n}" for n in deepspeed_engine.additions(file, deepspeed)]
     method = losses.find(cfg.loss.get("name", "unicl"))
+    micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
+    if cfg.data.augmentation == choices.MIXED and micro_batch % 2:
+        raise ConfigError(
+            f"data.augmentation={choices.MIXED} blends samples in pairs, and a micro-batch of "
+            f"{micro_batch} leaves one over; change train.global_batch or train.accumulation"
+        )
     sources = [
         _open(spec, kind)
         for kind in ("image_label", "image_text")
@@ -125,7 +142,8 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
     views_of_order = [Source(s.name, s.kind, s.shard_sizes) for s in sources]
     ratios = OmegaConf.to_container(cfg.data.ratios) if cfg.data.ratios else None
     streams = plan_streams(views_of_order, cfg.data.sampler, ratios)
-    order = Order(views_of_order, streams, cfg.train.global_batch, cfg.seed, cfg.data.block_shards)
+    kind = OneSourceOrder if cfg.data.sampler == "one_source" else Order
+    order = kind(views_of_order, streams, cfg.train.global_batch, cfg.seed, cfg.data.block_shards)
     steps, warmup = config.count_steps(cfg, sum(len(source) for source in sources))
     return Plan(
         cfg=cfg,
@@ -147,20 +165,20 @@ def dataset(plan: Plan) -> TripletDataset:
 
     Raises:
         ConfigError: an augmentation, tokenizer or template list that cannot be built.
-        DataError: a source of which none of several samples can be used.
+        DataError: a source of which none of several samples can be used, or a caption source that
+            none of them has.
     """
     cfg, model = plan.cfg, model_config(plan.cfg)
+    image, data = model.image, OmegaConf.to_container(cfg.data, resolve=True)
+    names = plan.method.images
+    recipes = choices.by_view("data.augmentation", data["augmentation"], names)
+    source, captions = caption_recipes.read(data["caption"], plan.method.texts)
     made = TripletDataset(
         plan.sources,
         plan.labels,
-        views=[
-            views.build_train(
-                cfg.data.augmentation, model.image.size, model.image.mean, model.image.std
-            )
-        ]
-        * len(plan.method.images),
+        views=[views.build_train(name, image.size, image.mean, image.std) for name in recipes],
         texts=TextOptions(
-            texts.load_templates(cfg.data.templates), cfg.data.caption, len(plan.method.texts)
+            texts.load_templates(cfg.data.templates), source, len(plan.method.texts), captions
         ),
         tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
         seed=cfg.seed,
@@ -241,19 +259,3 @@ def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method
     for needed, kind in ((method.needs_labels, "image_label"), (method.needs_pairs, "image_text")):
         if needed and kind not in kinds:
             raise ConfigError(f"loss.name={cfg.loss.name} needs data.{kind}")
-
-
-def _several_captions(source: ShardSet, plan: Plan) -> str:
-    """How many captions an image has, by the first samples; empty where each has one."""
-    if source.kind != "image_text":
-        return ""
-    counts = texts.count_captions(source, plan.cfg.data.caption, _LOOKED_AT)
-    low, high = min(counts, default=0), max(counts, default=0)
-    if high < 2:
-        return ""
-    number = f"{low}" if low == high else f"{low} to {high}"
-    drawn = len(plan.method.texts)
-    return (
-        f", {number} captions an image (first {len(counts)} samples), "
-        f"{'one' if drawn == 1 else drawn} drawn each time"
-    )

@@ -34,14 +34,14 @@ class DataConfig:
 
     image_label: Any = None
     image_text: Any = None
-    sampler: str = "balanced"  # balanced | proportional | ratio
-    ratios: dict[str, int] | None = None  # share of each source by name, for `ratio`
+    sampler: str = "balanced"  # balanced | proportional | ratio | one_source
+    ratios: dict[str, int] | None = None  # share of each source by name: `ratio`, `one_source`
     block_shards: int = 16  # shards whose samples are shuffled together
     label_merge: str = "disjoint"  # disjoint | synset
     caption_labels: str = "unique"  # unique | by_text (equal captions are positives)
-    caption: str = "txt"  # txt | json.KEY
+    caption: Any = "txt"  # txt | json.KEY, or text view -> loaders/caption_recipes.py
     templates: str | None = "unicl_81"  # preset of prompts/templates.json, or a file
-    augmentation: str | None = "paper"  # recipe of loaders/views.py
+    augmentation: Any = "paper"  # recipe of loaders/views.py, or image view -> recipe
     workers: int = 4  # per rank
     max_bad_fraction: float = 0.01  # more unreadable samples than this end the run
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 import losses
 from engine import mirrors
 from engine.schedule import SCHEDULES
-from loaders import choices, texts
+from loaders import caption_recipes, choices
 from loaders.errors import ConfigError
 from models.config import ModelConfig
 
@@ -47,7 +47,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.sampler": choices.SAMPLERS,
     "data.caption_labels": choices.CAPTION_LABELS,
     "data.label_merge": choices.MERGES,
-    "data.augmentation": choices.AUGMENTATIONS,
     "optim.schedule": SCHEDULES,
 }
 
@@ -92,7 +91,8 @@ def check(cfg: DictConfig) -> None:
     ModelConfig.from_dict(values["model"])
     loss = dict(values["loss"])
     try:
-        losses.read_config(losses.find(loss.pop("name", "unicl")).Config, loss, "loss")
+        method = losses.find(loss.pop("name", "unicl"))
+        losses.read_config(method.Config, loss, "loss")
     except ValueError as error:
         raise ConfigError(str(error)) from None
     _exactly_one(cfg.train, "train", ("epochs", "samples", "steps"))
@@ -102,16 +102,12 @@ def check(cfg: DictConfig) -> None:
         if value is not None and not holds(value):
             raise ConfigError(f"{key}={value} must be {words}")
     mirrors.chosen(cfg.log.report_to)
-    if cfg.data.augmentation == "mixup_cutmix":
-        raise ConfigError(
-            f"{cfg.name}: data.augmentation=mixup_cutmix: the trainer cannot blend images and "
-            "labels (MixUp, CutMix) yet, and without them this would be another experiment; "
-            "data.augmentation=unicl_release trains without"
-        )
     for key, words in CHOICES.items():
         if OmegaConf.select(cfg, key) not in words:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(words)}")
-    texts.check_caption_source(cfg.data.caption)
+    mixes = vars(method).get("mixes", False)  # a method's own, see losses/_method.py
+    choices.check_augmentation(values["data"]["augmentation"], method.images, mixes)
+    caption_recipes.read(values["data"]["caption"], method.texts)
 
 
 def _refuse_undecided(cfg: DictConfig) -> None:

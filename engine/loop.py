@@ -23,6 +23,7 @@ from engine.watch import Watch
 from loaders.batch import TripletDataset, make_loader
 from loaders.views import normalize
 from loaders.workers import ReadingNotes
+from losses import _mixing
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Trainer:
         image = build.model_config(cfg).image
         dtype = deepspeed_engine.precision(self.plan.deepspeed)
         batches = iter(loader)
-        for _ in range(self.done, self.plan.steps):
+        for step in range(self.done, self.plan.steps):
             self.watch.at(self.done + 1, "waiting for data")
             start = time.perf_counter()
             raw = [next(batches) for _ in range(cfg.train.accumulation)]
@@ -124,6 +125,9 @@ class Trainer:
             moved = [_to_device(batch, self.device) for batch in raw]
             for batch in moved:
                 batch["image"] = normalize(batch["image"], image.mean, image.std, dtype)
+                if self.plan.mixes:
+                    chosen = _mixing.draw(cfg.seed, step, image.size, image.size)
+                    batch |= _mixing.mixed(batch["image"], chosen)
             yield moved
 
     def _set_learning_rate(self) -> float:

@@ -180,7 +180,7 @@ class FiniteGuard:
         }
         path.write_text(json.dumps(facts_of_step, indent=1) + "\n")
         one = self.dataset[addresses[0]]
-        size = sum(one[key].nbytes for key in ("image", "text")) * len(addresses)
+        size = sum(v.nbytes for v in one.values() if isinstance(v, Tensor)) * len(addresses)
         if size <= TENSORS_MIB << 20:
             batch = collate([self.dataset[address] for address in addresses])
             tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}

@@ -10,8 +10,8 @@ from loaders.manifest import OversizedMember, ShardSet
 from loaders.manifest_file import is_text
 from loaders.tarheaders import shown
 from loaders.tarreader import READ_EXTENSIONS, listed, member_extensions
+from loaders.texts import ABSENT
 
-_WITHOUT_CAPTION = {"no_caption", "caption_not_text", "empty_caption"}
 _PLAIN_KEY = re.compile(r"[\w.-]{1,60}")  # of a `.json`, to be typed on a command line
 _LIKELY = ("caption", "text", "txt")  # in the name of a key that holds captions
 
@@ -63,11 +63,12 @@ class BadSampleCounter:
 
 
 def describe_failure(
-    shards: ShardSet, index: int, bad: Sequence[BadSample], caption_source: str
+    shards: ShardSet, index: int, bad: Sequence[BadSample], caption: tuple[str, str]
 ) -> str:
     """What to tell of a source whose samples were bad, one after another.
 
-    `index`: the last of them, whose tar may be walked; `caption_source`: as in `TextOptions`.
+    `index`: the last of them, whose tar may be walked; `caption`: key and value of the
+    configuration that say where its caption was looked for.
     """
     last, reasons = bad[-1], Counter(sample.reason for sample in bad)
     what = (
@@ -76,16 +77,28 @@ def describe_failure(
     )
     counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
     what += f" (in all: {counts})" if len(reasons) > 1 else " as all of them"
-    if reasons.keys() <= _WITHOUT_CAPTION:
-        return f"{what}; {_explain_caption(shards, index, caption_source)}"
+    if reasons.keys() <= ABSENT:
+        return f"{what}; {_explain_caption(shards, index, *caption)}"
     if reasons.keys() == {"no_image"}:
         extensions = member_extensions(last.shard, last.key)
         return f"{what}; it holds {listed(extensions)}. Read are {READ_EXTENSIONS}; rename them"
     return f"{what}; check that shard, or leave it out"
 
 
-def _explain_caption(shards: ShardSet, index: int, caption_source: str) -> str:
-    """Where a sample may have its caption, when `caption_source` finds none."""
+def _explain_caption(shards: ShardSet, index: int, key: str, source: str) -> str:
+    """Where a sample may have its caption, when `source` has none."""
+    holding, ways, keys = what_it_holds(shards, index)
+    ways = [way for way in ways if way != source]
+    what = f"{key}={source} finds no caption: {holding}"
+    if ways:
+        return f"{what}; use " + " or ".join(f"{key}={way}" for way in ways[:3])
+    if keys:
+        return f"{what}; use {key}=json.KEY with the key that holds the caption"
+    return f"{what}. Read are {READ_EXTENSIONS}; write the shards again with such names"
+
+
+def what_it_holds(shards: ShardSet, index: int) -> tuple[str, list[str], list[str]]:
+    """What there is of a sample: in words, likely caption sources, and keys of its texts."""
     try:
         content = shards.read_json(index) or {}
     except (ValueError, OversizedMember):
@@ -94,16 +107,11 @@ def _explain_caption(shards: ShardSet, index: int, caption_source: str) -> str:
     likely = [f"json.{k}" for word in _LIKELY for k in keys if word in k.lower()]
     extensions = member_extensions(shards.shard_of(index), shards.key(index))
     ways = dict.fromkeys([*likely, *(["txt"] if "txt" in extensions else [])])
-    ways.pop(caption_source, None)
-    what = f"data.caption={caption_source} finds no caption: the sample holds {listed(extensions)}"
+    what = f"the sample holds {listed(extensions)}"
     if content:
         names = ", ".join(map(shown, list(content)[:10]))
         what += f", its .json the keys {names}" + ", …" * (len(content) > 10)
-    if ways:
-        return f"{what}; use " + " or ".join(f"data.caption={way}" for way in list(ways)[:3])
-    if keys:
-        return f"{what}; use data.caption=json.KEY with the key that holds the caption"
-    return f"{what}. Read are {READ_EXTENSIONS}; write the shards again with such names"
+    return what, list(ways), keys
 
 
 def _text(value: object) -> bool:

@@ -20,17 +20,18 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from loaders.bad_samples import BadSample, describe_failure
 from loaders.bad_samples import BadSampleCounter as BadSampleCounter
+from loaders.captions import check_sources, draw
 from loaders.choices import CAPTION_LABELS
 from loaders.decoders import BadImage, Decoder, decode
 from loaders.errors import ConfigError, DataError
 from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
-from loaders.texts import BadText, TextOptions, draw_captions, label_text, read_captions
-from loaders.views import View
+from loaders.texts import BadText, TextOptions, label_text
+from loaders.views import View, check_parameters, stack
 from loaders.workers import GuardedLoader, ReadingNotes
 
 ATTEMPTS = 10
-TENSORS = ("image", "text")
+NUMBERS = ("label", "uid", "source", "seed", "step_seed")  # of a sample, one each
 
 
 class GlobalOrder(Protocol):
@@ -46,14 +47,17 @@ class TripletDataset(Dataset):
     Args:
         sources: data sets; the uid of sample i of source s is i plus the sizes of those before.
         label_space: global class ids, built from the same sources.
-        views: V image views, each PIL -> uint8 (3, H, W).
-        texts: prompts, caption source, and the number T of text views.
+        views: V image views (`loaders.views.View`) of one size.
+        texts: prompts, caption sources, and the number T of text views.
         tokenizer: list of n strings -> (n, L) int64.
         seed: of the run.
         caption_labels: `unique`: a caption has the label -1; `by_text`: equal captions share a
             label <= -2 (Florence, arXiv 2111.11432, section 2.2); of several captions, the one
             that is drawn first.
         decode: bytes -> what the views take (`loaders.decoders.decoder`).
+
+    Raises `ConfigError` for an unknown `caption_labels`, and where only some views report their
+    parameters.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class TripletDataset(Dataset):
             raise ConfigError(
                 f"data.caption_labels={caption_labels!r} is not one of {', '.join(CAPTION_LABELS)}"
             )
+        check_parameters(views)
         self.sources, self.label_space, self.views = list(sources), label_space, list(views)
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
         self.caption_labels, self.decode = caption_labels, decode
@@ -97,8 +102,12 @@ class TripletDataset(Dataset):
     def try_sources(self) -> None:
         """Make a sample of each source, so that what none of them has is said before a run.
 
-        A bad one is replaced, as in training. Raises `DataError` as `__getitems__`.
+        A bad one is replaced, as in training. Raises `DataError` as `__getitems__`, and for a
+        caption source that none of some samples has.
         """
+        for shards in self.sources:
+            if shards.kind != "image_label":
+                check_sources(shards, self.texts.recipes)
         # Short of its tokens: the workers of a process whose tokenizer has used its threads
         # would get none.
         with _generators_kept():
@@ -110,7 +119,8 @@ class TripletDataset(Dataset):
         return self.__getitems__([address])[0]
 
     def __getitems__(self, addresses: Sequence[tuple[int, int, int]]) -> list[dict]:
-        """Samples of several positions: image (V, 3, H, W) uint8, text (T, L), and numbers.
+        """Samples of several positions: image (V, 3, H, W) uint8, text (T, L), and numbers;
+        augmentation (V, P) float32 where the views report it.
 
         Called by torch's loader; the texts of all are tokenized in one call, and the trainer's
         random state is put aside once. A bad sample is recorded and replaced by another of its
@@ -128,7 +138,7 @@ class TripletDataset(Dataset):
         """One sample, its texts as strings."""
         step, position, uid = (int(number) for number in address)
         source, index = self.locate(uid)
-        bad = []
+        bad, caption = [], ("data.caption", self.texts.caption_source)
         for attempt in range(ATTEMPTS):
             if attempt:
                 index = _hash(self.seed, step, position, attempt, "other") % len(
@@ -137,10 +147,9 @@ class TripletDataset(Dataset):
             try:
                 with self.notes.reading(source, index):
                     sample = self._make(source, index, _hash(self.seed, step, position, attempt))
-            except (BadImage, BadText) as error:
+            except (BadImage, BadText, MissingMember) as error:
                 bad.append(self._describe(source, index, error.reason))
-            except MissingMember as error:
-                bad.append(self._describe(source, index, error.reason))
+                caption = getattr(error, "where", None) or caption
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
                 where = self._describe(source, index, "")
                 raise DataError(
@@ -148,10 +157,10 @@ class TripletDataset(Dataset):
                 ) from error
             else:
                 uid = self.uid(source, index)
-                return {**sample, "uid": uid, "source": source, "step": step, "bad": bad}
-        raise DataError(
-            describe_failure(self.sources[source], index, bad, self.texts.caption_source)
-        )
+                step_seed = _hash(self.seed, step) >> 1  # one for the whole global batch
+                facts = {"uid": uid, "source": source, "step": step, "step_seed": step_seed}
+                return {**sample, **facts, "bad": bad}
+        raise DataError(describe_failure(self.sources[source], index, bad, caption))
 
     def _make(self, source: int, index: int, seed: int) -> dict:
         """Read one sample and draw its views; all randomness from `seed`."""
@@ -162,14 +171,12 @@ class TripletDataset(Dataset):
             names = self.label_space.names(label)
             texts = [label_text(names, self.texts.templates, rng) for _ in range(self.texts.views)]
         else:  # a `.cls` beside a caption is for evaluation and must not reach the loss
-            captions = read_captions(shards, index, self.texts.caption_source)
-            texts = draw_captions(captions, self.texts.views, rng)
-            label = caption_group(texts[0]) if self.caption_labels == "by_text" else PAIR
+            texts, first = draw(shards, index, self.texts, rng)
+            label = caption_group(first) if self.caption_labels == "by_text" else PAIR
         picture = self.decode(shards.read_image(index))
         _seed(seed)
-        images = [view(picture) for view in self.views]
-        image = torch.stack(images) if len(images) > 1 else images[0][None]
-        return {"image": image, "text": texts, "label": label}
+        views = stack([view(picture) for view in self.views])
+        return {**views, "text": texts, "label": label, "seed": seed >> 1}  # fits int64
 
     def _describe(self, source: int, index: int, reason: str) -> BadSample:
         shards = self.sources[source]
@@ -215,10 +222,14 @@ class StepBatches(Sampler):
 
 
 def collate(samples: Sequence[dict]) -> dict:
-    """Samples of one micro-batch to a batch, whose keys docs/design.md ("Batch") describes."""
+    """Samples of one micro-batch to a batch, whose keys docs/design.md ("Batch") describes.
+
+    Every tensor of a sample is stacked.
+    """
+    tensors = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
     # In a worker it stacks straight into memory that is shared with the trainer.
-    batch = {name: default_collate([sample[name] for sample in samples]) for name in TENSORS}
-    for name in ("label", "uid", "source"):
+    batch = {name: default_collate([sample[name] for sample in samples]) for name in tensors}
+    for name in NUMBERS:
         batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
     batch["step"] = samples[0]["step"]
     batch["bad"] = [bad for sample in samples for bad in sample["bad"]]

@@ -13,6 +13,7 @@ A picture is a PIL RGB image or a tensor uint8 (3, H, W).
 
 import math
 import warnings
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torchvision.transforms.v2.functional import get_size, to_pil_image
 Picture = Image.Image | Tensor
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
-_LOG_RATIO = torch.log(torch.tensor((3 / 4, 4 / 3))).tolist()
+RATIO = (3 / 4, 4 / 3)  # of width to height, torchvision's default
 
 
 class RandomCrop:
@@ -61,30 +62,50 @@ class TimmCrop:
         return to_pil_image(resize(picture, box, crop.size[0]))
 
 
-def random_box(width: int, height: int, scale: tuple[float, float]) -> Box:
+def random_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float] = RATIO
+) -> Box:
     """A box as torchvision 0.29's RandomResizedCrop draws it, and from the same random numbers.
 
-    Its sides have a ratio of 3/4 to 4/3. The numbers come from torch's global generator.
-    Written again because a crop needs a dozen numbers, and that class takes as long to draw
-    them as torch takes to resize.
+    Its share of the area is in `scale`, its width to height in `ratio`. The numbers come from
+    torch's global generator. Written again because a crop needs a dozen numbers, and that class
+    takes as long to draw them as torch takes to resize.
     """
-    number = torch.empty(1)
+    number, logarithms = torch.empty(1), _logarithms(ratio)
     for _ in range(10):
         area = width * height * number.uniform_(*scale).item()
-        ratio = number.uniform_(*_LOG_RATIO).exp_().item()
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        drawn = number.uniform_(*logarithms).exp_().item()
+        w, h = round(math.sqrt(area * drawn)), round(math.sqrt(area / drawn))
         if 0 < w <= width and 0 < h <= height:
             top = torch.randint(0, height - h + 1, (1,)).item()
             left = torch.randint(0, width - w + 1, (1,)).item()
             return left, top, left + w, top + h
     # The image is too thin or too flat for its share: the largest centred box of that ratio.
     w, h = width, height
-    if width / height < 3 / 4:
-        h = round(width / (3 / 4))
-    elif width / height > 4 / 3:
-        w = round(height * (4 / 3))
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def window_box(width: int, height: int, share: float, square: bool) -> Box:
+    """A box at a place drawn uniformly, whose sides are a share of the picture's.
+
+    It shows what a picture shows that is resized and then cut at random: of each side, or with
+    `square` of the shorter side, as where the resize keeps the shape.
+    """
+    sides = (min(width, height),) * 2 if square else (width, height)
+    w, h = (max(1, round(share * side)) for side in sides)
+    top = torch.randint(0, height - h + 1, (1,)).item()
+    left = torch.randint(0, width - w + 1, (1,)).item()
+    return left, top, left + w, top + h
+
+
+@cache
+def _logarithms(ratio: tuple[float, float]) -> list[float]:
+    return torch.log(torch.tensor(ratio)).tolist()
 
 
 def resize(picture: Picture, box: Box, size: int) -> Tensor:

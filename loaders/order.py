@@ -74,21 +74,23 @@ class Order:
             parts = [_shard_table(sizes[s], starts[s]) for s in stream.sources]
             self._shards.append(np.concatenate(parts))
         self.stream_sizes = [int(table[:, 1].sum()) for table in self._shards]
-        self._pattern = _pattern([stream.weight for stream in self.streams])
-        # Samples of each stream in every global batch.
-        repeats = batch_size / len(self._pattern)
-        self.shares = [round(stream.weight * repeats) for stream in self.streams]
+        self.shares = self._shares()  # samples of each stream in a global batch that it is in
         self._blocks: dict[tuple[int, int, int], np.ndarray] = {}
         self._passes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._check()
 
-    def _check(self) -> None:
-        if len(self.streams) > 1 and self.batch_size % len(self._pattern):
+    def _shares(self) -> list[int]:
+        self._pattern = _pattern([stream.weight for stream in self.streams])
+        period = len(self._pattern)
+        if len(self.streams) > 1 and self.batch_size % period:
             shares = ", ".join(f"{s.name}: {s.weight}" for s in self.streams)
             raise ConfigError(
                 f"train.global_batch={self.batch_size} cannot be split exactly by the sampler's "
-                f"shares ({shares}); use a multiple of {len(self._pattern)}"
+                f"shares ({shares}); use a multiple of {period}"
             )
+        return [round(stream.weight * self.batch_size / period) for stream in self.streams]
+
+    def _check(self) -> None:
         for stream, size, share in zip(self.streams, self.stream_sizes, self.shares, strict=True):
             if size < share:
                 raise DataError(
@@ -128,7 +130,7 @@ class Order:
             if len(self._passes) > 2 * len(self.streams):
                 self._passes.clear()
             table = self._shards[stream]
-            order = _permutation(len(table), (self.seed, stream, turn))
+            order = permutation(len(table), (self.seed, stream, turn))
             ends = np.cumsum(table[order, 1])
             last = np.arange(self.block_shards - 1, len(table) - 1, self.block_shards)
             self._passes[key] = order, ends[np.append(last, len(table) - 1)]
@@ -144,7 +146,7 @@ class Order:
             rows = order[block * self.block_shards : (block + 1) * self.block_shards]
             table = self._shards[stream][rows]
             uids = np.concatenate([np.arange(first, first + size) for first, size in table])
-            shuffle = _permutation(len(uids), (self.seed, stream, turn, block + 1))
+            shuffle = permutation(len(uids), (self.seed, stream, turn, block + 1))
             self._blocks[key] = uids[shuffle]
         return self._blocks[key]
 
@@ -157,17 +159,21 @@ def plan_streams(
     Args:
         sources: all data sets.
         sampler: `balanced` (image-label and image-text half and half; one kind alone fills the
-            batch), `proportional` (everything shuffled together), `ratio` (`ratios`).
-        ratios: whole-numbered share of each source by name, for `ratio` only.
+            batch), `proportional` (everything shuffled together), `ratio` (`ratios`), `one_source`
+            (each batch of one source: `loaders.one_source`).
+        ratios: whole-numbered share of each source by name. `ratio` needs them, of the samples of
+            every batch; for `one_source` they are shares of the steps instead of the sizes.
 
     Raises:
-        ConfigError: unknown sampler, ratios without `ratio`, or ratios that do not name
-            every source with a positive whole number.
+        ConfigError: unknown sampler, ratios for another one, or ratios that do not name every
+            source with a positive whole number.
     """
     if sampler not in SAMPLERS:
         raise ConfigError(f"data.sampler={sampler!r} is unknown; there are {', '.join(SAMPLERS)}")
-    if bool(ratios) != (sampler == "ratio"):
-        raise ConfigError("data.ratios belongs to data.sampler=ratio, and that needs it")
+    if bool(ratios) != (sampler == "ratio") and sampler != "one_source":
+        raise ConfigError(
+            "data.ratios belongs to data.sampler=ratio, which needs it, and to one_source"
+        )
     every = range(len(sources))
     if sampler == "proportional":
         return [Stream("all sources", tuple(every), 1)]
@@ -175,6 +181,9 @@ def plan_streams(
         kinds = [k for k in ("image_label", "image_text") if any(s.kind == k for s in sources)]
         return [Stream(k, tuple(i for i in every if sources[i].kind == k), 1) for k in kinds]
     names = [source.name for source in sources]
+    if not ratios:
+        sizes = [int(np.sum(source.shard_sizes)) for source in sources]
+        return [Stream(name, (i,), sizes[i]) for i, name in enumerate(names)]
     if sorted(ratios) != sorted(names) or any(int(r) != r or r < 1 for r in ratios.values()):
         raise ConfigError(
             f"data.ratios must give a whole number of at least 1 to each of {', '.join(names)}"
@@ -198,7 +207,7 @@ def _pattern(weights: Sequence[int]) -> np.ndarray:
     return np.asarray(pattern)
 
 
-def _permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
+def permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
     """A permutation that depends on `key` alone.
 
     From the raw bits of Philox, whose stream numpy guarantees for all versions (unlike that of

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loaders.caption_recipes import CaptionRecipe, check_caption_source
 from loaders.errors import ConfigError
 from loaders.manifest import OversizedMember, ShardSet
 from loaders.manifest_file import is_text
@@ -19,12 +20,19 @@ from loaders.plain_text import plain
 TEMPLATES = Path(__file__).resolve().parent.parent / "prompts" / "templates.json"
 
 
-class BadText(Exception):
-    """A caption that cannot be used; `reason` is one short word for the counts."""
+# Reasons of `BadText` that say that a source has no text, not that something is damaged.
+ABSENT = frozenset({"no_caption", "caption_not_text", "empty_caption"})
 
-    def __init__(self, reason: str) -> None:
+
+class BadText(Exception):
+    """A caption that cannot be used; `reason` is one short word for the counts.
+
+    `where`: key of the configuration and source, if a text view has a recipe of its own.
+    """
+
+    def __init__(self, reason: str, where: tuple[str, str] | None = None) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.where = reason, where
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class TextOptions:
         caption_source: `txt`, or `json.KEY` for a key of the sample's `.json`.
         views: texts per sample: prompts drawn independently, captions without repeating one as
             long as there are others.
+        recipes: of the captions, one for each view, each drawn by itself; the source is then the
+            first one's. Empty: all views are of `caption_source`.
 
     Raises `ConfigError` for values that cannot be meant.
     """
@@ -43,19 +53,15 @@ class TextOptions:
     templates: Sequence[str]
     caption_source: str = "txt"
     views: int = 1
+    recipes: tuple[CaptionRecipe, ...] = ()
 
     def __post_init__(self) -> None:
         _check_templates("text templates", self.templates)
         check_caption_source(self.caption_source)
         if self.views < 1:
             raise ConfigError(f"text views must be at least 1, not {self.views}")
-
-
-def check_caption_source(choice: str) -> None:
-    """Raise `ConfigError` unless `choice` is `txt` or `json.KEY`."""
-    key = choice.removeprefix("json.")
-    if choice != "txt" and key in ("", choice):
-        raise ConfigError(f"data.caption={choice!r}: give 'txt' or 'json.KEY'")
+        if self.recipes and len(self.recipes) != self.views:
+            raise ConfigError(f"{len(self.recipes)} caption recipes for {self.views} text views")
 
 
 def presets() -> dict[str, dict]:

@@ -16,15 +16,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.choices import AUGMENTATIONS
+from loaders.choices import AUGMENTATIONS, MIXED
 from loaders.crops import Picture, RandomCrop, TimmCrop, to_pixels, to_tensor
 from loaders.decoders import FORMATS as FORMATS
 from loaders.decoders import MAX_PIXELS, BadImage
 from loaders.decoders import decode as decode
 from loaders.decoders import decoder as decoder
 from loaders.errors import ConfigError
+from loaders.recipes import IDENTITY_PARAMETERS as IDENTITY_PARAMETERS
+from loaders.recipes import RECIPES, RecipeView
 
-View = Callable[[Picture], Tensor]
+# A view may report what it did: it has an attribute `parameters` (their number P), and returns
+# (pixels, (P,) float32).
+View = Callable[[Picture], Tensor | tuple[Tensor, Tensor]]
 
 
 def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[float]) -> View:
@@ -45,9 +49,11 @@ def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[flo
         clipart: for small drawings on white: random resized crop bicubic 0.6-1, flip, mild
             colour jitter.
         none: resize of the shorter side and centre crop.
+        mixup_cutmix: as unicl_release; the trainer blends images and targets afterwards.
+        Those of `loaders.recipes.RECIPES`, with values and sources there.
     Raises `ConfigError` for another name.
     """
-    if recipe == "unicl_release":
+    if recipe in ("unicl_release", MIXED):
         return _ReleaseView(size, mean, std)
     if recipe == "none":
         return _CentreView(size)
@@ -58,6 +64,8 @@ def build_train(recipe: str, size: int, mean: Sequence[float], std: Sequence[flo
     if recipe == "clipart":
         jitter = v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
         return _CropView(RandomCrop(size, (0.6, 1.0)), True, jitter)
+    if recipe in RECIPES:
+        return RecipeView(RECIPES[recipe], size)
     raise ConfigError(f"image views {recipe!r} are unknown; there are {', '.join(AUGMENTATIONS)}")
 
 
@@ -73,6 +81,23 @@ def build_eval(resize: int, crop: int, interpolation: str = "bicubic") -> View:
             f"{interpolation!r} must be one of {', '.join(modes)}"
         )
     return _EvalView(resize, crop, modes[interpolation])
+
+
+def check_parameters(views: Sequence[View]) -> None:
+    """Raise `ConfigError` where some views of a sample report their parameters and others not."""
+    if len({getattr(view, "parameters", 0) for view in views}) > 1:
+        raise ConfigError(
+            "data.augmentation: some image views report their parameters and others do not, so "
+            "there would be none to give to the model; use recipes of one kind (uniclip reports)"
+        )
+
+
+def stack(made: Sequence[Tensor | tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """What V views returned, as `image` (V, 3, H, W) and, if reported, `augmentation` (V, P)."""
+    if isinstance(made[0], tuple):
+        images, parameters = zip(*made, strict=True)
+        return {"image": torch.stack(images), "augmentation": torch.stack(parameters)}
+    return {"image": torch.stack(list(made)) if len(made) > 1 else made[0][None]}
 
 
 def normalize(

@@ -29,6 +29,8 @@ class Method(nn.Module):
         Config: dataclass of the method's own configuration keys.
         images, texts: names of the image and text views that the loader must deliver, in the order
             of `batch["image"][:, v]` and `batch["text"][:, t]`.
+        mixes: True when `loss` blends its targets by `features["mix"]` (`losses._mixing`). Not
+            inherited: a method that changes another's `encode` or `loss` says it itself.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
     """
@@ -36,6 +38,7 @@ class Method(nn.Module):
     Config: ClassVar[type] = NoOptions
     images: ClassVar[tuple[str, ...]] = ("image",)
     texts: ClassVar[tuple[str, ...]] = ("text",)
+    mixes: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
 

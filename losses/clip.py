@@ -14,5 +14,7 @@ from losses._method import Features
 class Method(unicl.Method):
     """Symmetric cross-entropy on the diagonal; image-label samples count as captions."""
 
+    mixes = True
+
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         return super().loss(features, torch.full_like(labels, -1), gather)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from losses import _mixing
 from losses._gather import Gather
 from losses._method import Features, zero_like_graph
 from losses._method import Method as Base
@@ -36,6 +37,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, gather: Gather) -> Tensor:
 class Method(Base):
     """Classifier head on the pooled image feature, before the projection."""
 
+    mixes = True
     needs_labels = True
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
@@ -46,12 +48,22 @@ class Method(Base):
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         pooled = model.encode_image(batch["image"][:, 0])["pooled"]
-        return {"logits": self.head(pooled.to(self.head.weight.dtype))}
+        features = {"logits": self.head(pooled.to(self.head.weight.dtype))}
+        return features | {key: batch[key] for key in (_mixing.KEY,) if key in batch}
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         logits = features["logits"]
-        loss = cross_entropy(logits, labels, gather) + zero_like_graph(features)
-        with torch.no_grad():
-            ignored = labels.masked_fill(labels < 0, -100)
-            per_sample = F.cross_entropy(logits.float(), ignored, reduction="none")
+        loss, per_sample = cross_entropy(logits, labels, gather), _per_sample(logits, labels)
+        if _mixing.KEY in features:
+            share, others = features[_mixing.KEY][0].detach(), _mixing.swapped(labels)
+            loss = share * loss + (1 - share) * cross_entropy(logits, others, gather)
+            per_sample = share * per_sample + (1 - share) * _per_sample(logits, others)
+        loss = loss + zero_like_graph(features)
         return {"classification_loss": loss, "sample_loss": per_sample}
+
+
+@torch.no_grad()
+def _per_sample(logits: Tensor, labels: Tensor) -> Tensor:
+    """(b,) cross-entropy of each sample, 0 without a label."""
+    ignored = labels.masked_fill(labels < 0, -100)
+    return F.cross_entropy(logits.float(), ignored, reduction="none")

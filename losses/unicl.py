@@ -14,10 +14,11 @@ L = L_BiC / (2 |B|); this is the form implemented. An image-text pair is its own
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from losses._core import contrast
+from losses import _mixing
+from losses._core import Contrast, contrast
 from losses._gather import Gather
 from losses._method import Features
 from losses._method import Method as Base
@@ -70,19 +71,38 @@ class Method(Base):
     """UniCL over image-label and image-text samples alike."""
 
     Config = Config
+    mixes = True
+
+    def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
+        features = super().encode(model, batch)
+        return features | {key: batch[key] for key in (_mixing.KEY,) if key in batch}
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        result = contrast(
+        result = self._contrast(features, features["text"], labels, gather)
+        loss, sample_loss = result.loss, result.sample_loss
+        if _mixing.KEY in features:
+            # A partner's positives are those of its label: the texts and labels of this rank,
+            # swapped together, are the same texts, so only the targets differ.
+            swapped = _mixing.swapped(features["text"]), _mixing.swapped(labels)
+            other, share = self._contrast(features, *swapped, gather), features[_mixing.KEY][0]
+            share = share.detach()
+            loss = share * loss + (1 - share) * other.loss
+            sample_loss = share * sample_loss + (1 - share) * other.sample_loss
+        return {
+            "contrastive_loss": loss,
+            "sample_loss": sample_loss,
+            "positives": result.positives,
+        }
+
+    def _contrast(
+        self, features: Features, texts: Tensor, labels: Tensor, gather: Gather
+    ) -> Contrast:
+        return contrast(
             features["image"],
-            features["text"],
+            texts,
             labels,
             features["scale"][:1],
             gather,
             keep_bytes=self.cfg.keep_mib * 2**20,
             products=PRODUCTS[self.cfg.products],
         )
-        return {
-            "contrastive_loss": result.loss,
-            "sample_loss": result.sample_loss,
-            "positives": result.positives,
-        }

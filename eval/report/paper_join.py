@@ -147,10 +147,8 @@ def _commands(
 
 
 def _training(config: str) -> str:
-    """The training command, or why there is none."""
+    """The training command."""
     content = settings(config)
-    if content.get("data", {}).get("augmentation") == "mixup_cutmix":
-        return f"# configs/{config}.yaml is refused: the trainer has no MixUp and CutMix yet"
     command = f"deepspeed train.py --config configs/{config}.yaml"
     if content.get("recipe", "ours") is None:
         command += "  # first decide what the paper leaves open: it lists the keys"

@@ -101,3 +101,75 @@ def test_a_method_that_asks_for_two_texts_gets_them(tmp_path, monkeypatch):
                 assert {*drawn} <= {*map(tuple, encode(prompts).tolist())}
                 repeated.add(drawn[0] == drawn[1])
     assert orders == repeated == {True, False}
+
+
+def test_views_and_texts_by_name(tmp_path, monkeypatch):
+    """As SLIP has three image views and ALIP two texts."""
+    from engine import build
+    from loaders import tokenizers
+    from loaders.batch import make_loader
+    from losses import unicl
+
+    monkeypatch.setattr(unicl.Method, "images", ("weak", "strong1", "strong2"))
+    monkeypatch.setattr(unicl.Method, "texts", ("caption", "synthetic"))
+
+    def texts(i):
+        return {"txt": f"raw {i}".encode(), "json": json.dumps({"made": [f"made {i}"]}).encode()}
+
+    settings = ["data.augmentation={weak: none, strong1: slip_strong, strong2: slip_strong}"]
+    settings += ["data.caption.caption.from=txt", "data.caption.synthetic.from=[json.made]"]
+    plan = make_plan(tmp_path, texts, *settings, "data.image_label=null")
+    assert "  image views: weak none, strong1 slip_strong, strong2 slip_strong\n" in plan.describe()
+    assert "  texts of pairs: caption of txt; synthetic of json.made\n" in plan.describe()
+    dataset, encode = build.dataset(plan), tokenizers.build("clip", 12)
+    pictures = {}
+    for batch in make_loader(dataset, plan.order, 0, 1, 8, 0, 4, workers=0):
+        assert batch["image"].shape == (8, 3, 3, 32, 32)
+        for uid, images, ids in zip(batch["uid"], batch["image"], batch["text"], strict=True):
+            index = dataset.locate(int(uid))[1]
+            assert ids.tolist() == encode([f"raw {index}", f"made {index}"]).tolist()
+            assert (images[0] == pictures.setdefault(index, images[0])).all(), "the plain view"
+            assert not (images[1] == images[2]).all()
+    facts = plan.identity()
+    assert facts["data.augmentation"]["strong1"] == "slip_strong"
+    assert facts["data.caption"]["synthetic"] == {"from": ["json.made"]}
+    other = make_plan(tmp_path, texts, *settings, "data.caption.caption.min_words=2")
+    assert other.identity()["data.caption"] != facts["data.caption"]
+
+
+def test_a_text_that_no_sample_has_is_refused_before_anything_is_built(tmp_path):
+    from engine import build
+
+    plan = make_plan(tmp_path, lambda i: {"txt": b"a"}, "data.caption.text.from=[txt, json.made]")
+    words = r"data\.caption\.text\.from: json\.made: none of the 9 samples tried of pairs has it"
+    with pytest.raises(DataError, match=words + ".*join a table with data_prep.annotate, or name"):
+        build.describe_parts(plan)
+
+
+def test_each_batch_of_one_source(tmp_path):
+    from engine import config
+    from engine.build import plan as make
+
+    members = [m for i in range(30) for m in sample(f"{i}", i, txt=b"a text")]
+    write_tar(tmp_path / "pairs" / "0.tar", members)
+    settings = [f"data.image_text={tmp_path}/pairs", "data.sampler=one_source", "train.steps=60"]
+    plan = make(config.load(CONFIG, [*settings, "data.ratios={pairs: 1, emoji_train: 2}"]), 1)
+    done = plan.order.steps_of(60)
+    assert sum(done) == 60
+    said = f"each global batch of one source; of 60 steps {done[0]} of emoji_train, {done[1]} of"
+    assert said in plan.describe()
+    assert f"passes: {8 * done[0] / len(plan.sources[0]):.2f}, {8 * done[1] / 30:.2f}" in (
+        plan.describe()
+    )
+    assert {len({int(uid) < len(plan.sources[0]) for uid in plan.order.global_batch(step)})
+            for step in range(60)} == {1}  # fmt: skip
+
+
+def test_keys_of_an_older_run_mean_what_they_meant(tmp_path):
+    """What a checkpoint states of views and texts, written before they could have names."""
+    facts = make_plan(tmp_path, lambda i: {"txt": b"a"}).identity()
+    assert {key: value for key, value in facts.items() if key.startswith("data.")} == {
+        "data.sampler": "balanced", "data.ratios": None, "data.block_shards": 16,
+        "data.label_merge": "disjoint", "data.caption_labels": "unique", "data.caption": "txt",
+        "data.templates": "clipart", "data.augmentation": "clipart",
+    }  # fmt: skip

@@ -39,8 +39,28 @@ def test_base_override_and_interpolation():
         ("train.accumulation=0", "at least 1"),
         ("data.caption_labels=same", "one of unique, by_text"),
         ("data.label_merge=same", "one of disjoint, synset"),
-        ("data.sampler=fair", "data.sampler='fair'; one of balanced, proportional, ratio"),
+        (
+            "data.sampler=fair",
+            "data.sampler='fair'; one of balanced, proportional, ratio, one_source",
+        ),
         ("data.augmentation=papr", "one of unicl_release, paper, clip, clipart, none"),
+        ("data.augmentation={image: papr}", r"data\.augmentation\.image='papr'; one of unicl_rel"),
+        (
+            "data.augmentation={weak: clip, strong: simclr}",
+            r"data\.augmentation: there is no view weak, strong and image has no recipe; this "
+            r"method's views are image: give each one its recipe as data\.augmentation\.NAME",
+        ),
+        (
+            "data.caption.summary.from=[txt]",
+            r"data\.caption: there is no view summary and text has",
+        ),
+        ("data.caption.text.from=[text]", r"data\.caption\.text\.from='text': give 'txt'"),
+        (
+            "data.caption.text.min_words=2",
+            r"data\.caption\.text=\{'min_words': 2\}: a text view is",
+        ),
+        ("data.caption=null", "data.caption=None: give 'txt'"),
+        ("data.augmentation=[clip]", "one of unicl_release, paper"),
         ("data.templates=clip80", "give one of clip_80, .*unicl_81, .*or a file that exists"),
         ("data.caption=json", "data.caption='json': give 'txt' or 'json.KEY'"),
         ("optim.schedule=linear", "one of cosine, constant"),

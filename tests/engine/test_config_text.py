@@ -37,6 +37,12 @@ AS_TYPED = [
         ["/d/a #1/{0,1}.tar", "/d/b, c", "007", "it's/*.tar"],
     ),
     ("data.caption=json.1e3", "json.1e3"),
+    ("data.caption.text.from=[txt, json.1e3]", ["txt", "json.1e3"]),
+    (
+        "data.caption={text: {from: json.a, augment: eda}}",
+        {"text": {"from": "json.a", "augment": "eda"}},
+    ),
+    ("data.augmentation.image=slip_weak", "slip_weak"),
     ("evals.tasks.knn=[007, cifar-10]", ["007", "cifar-10"]),
     ("model.text.tokenizer=/d/a #1", "/d/a #1"),
     ("model.text.tokenizer=007", "007"),

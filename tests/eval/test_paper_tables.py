@@ -228,14 +228,14 @@ def test_commands_train_and_evaluate_what_is_missing(registry, tmp_path):
     assert any(f"--checkpoint {tmp_path / 'run_unicl_swin_tiny_in1k'} " in c for c in commands)
 
 
-def test_commands_of_configurations_that_are_refused(registry):
+def test_commands_of_configurations_that_are_open(registry):
     commands = filled("unicl", "2", [], registry).commands
     opened = next(c for c in commands if "configs/unicl_resnet50_cifar10.yaml" in c)
     assert opened.startswith("deepspeed train.py")
     assert "# first decide" in opened
     mixed = [c for c in commands if "unicl_swin_tiny_in1k_mixup_cutmix" in c]
-    assert len(mixed) == 1
-    assert mixed[0].startswith("# ")
+    assert mixed[0] == "deepspeed train.py --config configs/unicl_swin_tiny_in1k_mixup_cutmix.yaml"
+    assert "eval.zero_shot --checkpoint runs/unicl_swin_tiny_in1k_mixup_cutmix" in mixed[1]
 
 
 # --- adding a paper

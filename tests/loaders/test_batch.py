@@ -22,7 +22,7 @@ from loaders.errors import ConfigError, DataError, TooManyBadSamples
 from loaders.labels import LabelSpace, caption_group
 from loaders.manifest import open_shards
 from loaders.texts import TextOptions
-from loaders.views import build_eval, build_train, decode
+from loaders.views import IDENTITY_PARAMETERS, build_eval, build_train, decode
 from tests.loaders.conftest import sample, write_tar
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,7 +63,7 @@ def gather(dataset, order, world_size=1, micro_batch=BATCH, workers=0, start=0, 
         for batch in make_loader(dataset, order, *arguments):
             assert len(batch["uid"]) == micro_batch
             steps[batch["step"]].append(batch)
-    names = ("image", "text", "label", "uid", "source")
+    names = ("image", "text", "label", "uid", "source", "seed", "step_seed")
     return [{n: torch.cat([b[n] for b in batches]) for n in names} for batches in steps.values()]
 
 
@@ -131,6 +131,52 @@ def test_what_is_drawn_depends_on_seed_step_and_position(sources):
         assert not torch.equal(other["image"], first["image"])
     prompts = {read_back(dataset[step, 0, 0]["text"][0]) for step in range(30)}
     assert prompts == {"a cat.", "the cat.", "one cat."}
+
+
+def test_seeds_of_samples_and_of_steps(sources, spoiled):
+    """Of samples all different, of a step one; functions of (seed, step, position)."""
+    dataset, order = make_dataset(sources, "clip"), make_order(sources)
+    batches = gather(dataset, order, world_size=2, micro_batch=2, end=4)
+    for batch in batches:
+        assert (batch["seed"].dtype, batch["step_seed"].dtype) == (torch.int64, torch.int64)
+        assert len(batch["seed"].unique()) == BATCH
+        assert len(batch["step_seed"].unique()) == 1
+        assert batch["seed"].min() >= 0 <= batch["step_seed"].min()
+    steps = {int(batch["step_seed"][0]) for batch in batches}
+    assert len(steps) == 4
+    assert steps.isdisjoint(set(torch.cat([batch["seed"] for batch in batches]).tolist()))
+    other = gather(make_dataset(sources, "clip", seed=4), order, end=1)[0]
+    assert not (other["seed"] == batches[0]["seed"]).any()
+    assert other["step_seed"][0] != batches[0]["step_seed"][0]
+    seed = dataset[5, 2, 0]["seed"]
+    assert seed == dataset[5, 2, 3]["seed"], "not of the sample, but of its place"
+    replaced = make_dataset(spoiled, "clip")
+    assert replaced[5, 2, 11]["bad"]
+    assert replaced[5, 2, 11]["seed"] != seed == replaced[5, 2, 0]["seed"]
+
+
+def test_views_that_report_give_their_parameters_to_the_batch(sources):
+    order, dataset = make_order(sources), make_dataset(sources, "uniclip", views=2)
+    batch = dataset_batch(dataset, order)
+    assert (batch["image"].shape, batch["image"].dtype) == ((BATCH, 2, 3, 16, 16), torch.uint8)
+    shape = (BATCH, 2, len(IDENTITY_PARAMETERS))
+    assert (batch["augmentation"].shape, batch["augmentation"].dtype) == (shape, torch.float32)
+    assert len(batch["augmentation"].flatten(0, 1).unique(dim=0)) == 2 * BATCH
+    assert "augmentation" not in dataset_batch(make_dataset(sources, "slip_strong"), order)
+    views = [build_train(recipe, 16, MEAN, STD) for recipe in ("uniclip", "clip")]
+    with pytest.raises(ConfigError, match=r"data\.augmentation: some image views report"):
+        TripletDataset(sources, LabelSpace(sources), views, OPTIONS, letters, seed=0)
+
+
+def dataset_batch(dataset, order):
+    return next(iter(make_loader(dataset, order, 0, 1, BATCH, 0, 1, 0)))
+
+
+def test_every_tensor_of_a_sample_is_stacked(sources):
+    samples = [make_dataset(sources)[0, position, position] for position in range(3)]
+    objects = [{**one, "objects": torch.full((2, 5), n)} for n, one in enumerate(samples)]
+    assert collate(objects)["objects"].tolist() == [[[n] * 5] * 2 for n in range(3)]
+    assert "objects" not in collate(samples)
 
 
 def test_the_trainer_s_generators_are_left_alone(sources):

@@ -23,6 +23,7 @@ from loaders.views import (
     build_train,
     decode,
     normalize,
+    stack,
 )
 from tests.loaders.conftest import encoded
 
@@ -152,7 +153,7 @@ def test_recipes_give_uint8_and_follow_the_seed(recipe):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         torch.manual_seed(seed)
-        return view(image)
+        return stack([view(image)])["image"][0]
 
     draws = [draw(seed) for seed in range(30)]
     assert all(d.shape == (3, 24, 24) and d.dtype == torch.uint8 for d in draws)
