@@ -11,6 +11,7 @@ What was compiled stays on disk, and the next start of the same towers finds it 
 
 import os
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch import nn
@@ -41,13 +42,16 @@ def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> N
 
 
 def cache_folder() -> Path:
-    """Where compiled towers are kept: torch's own choice if TORCHINDUCTOR_CACHE_DIR is set, else
+    """Where compiled towers are kept: TORCHINDUCTOR_CACHE_DIR if somebody has set it, else
     `unicl/torch_compile` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
 
-    torch's default is in /tmp, which a cluster empties after each job.
+    torch's default is in /tmp, which a cluster empties after each job. torch also writes that
+    default into the variable when it is imported, so its name is not taken for somebody's choice.
     """
-    if chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-        return Path(chosen)
+    chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    torchs = chosen.parent == Path(gettempdir()) and chosen.name.startswith("torchinductor_")
+    if chosen != Path() and not torchs:
+        return chosen
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(caches).expanduser() / "unicl" / "torch_compile"
 
