@@ -102,6 +102,8 @@ class Plan:
             f"{str(deepspeed_engine.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
         lines += [f"  {note}" for note in self.notes]
+        if self.cfg.train.compile:
+            lines.append(f"  {compilation.announcement()}")
         if self.warmup > self.steps:
             lines.append(
                 f"  warning: the warm-up of {self.warmup} steps is longer than the run of "
@@ -192,6 +194,8 @@ def dataset(plan: Plan) -> TripletDataset:
 def engine(plan: Plan, device: torch.device):
     """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
     cfg = plan.cfg
+    # cuDNN's attention plans for each new shape, longer than a step takes; the others do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(cfg.seed)
     model = models.build(model_config(cfg))
     if cfg.train.grad_checkpointing:
@@ -199,7 +203,7 @@ def engine(plan: Plan, device: torch.device):
     if cfg.train.compile:
         compilation.compile_towers(model, deepspeed_engine.stage(plan.deepspeed), device)
     method = build_method(plan, model)
-    optimizer = optim.build(model, method, cfg.optim)
+    optimizer = optim.build(model, method, cfg.optim, fused=device.type == "cuda")
     module = deepspeed_engine.TrainModule(model, method).to(device).train()
     return deepspeed_engine.initialise(module, optimizer, plan.deepspeed, device)
 

@@ -26,6 +26,7 @@ from loaders.decoders import BadImage, Decoder, decode
 from loaders.errors import ConfigError, DataError
 from loaders.labels import PAIR, LabelSpace, caption_group
 from loaders.manifest import MissingMember, ShardSet
+from loaders.text_shapes import shaped_texts
 from loaders.texts import BadText, TextOptions, label_text
 from loaders.views import View, check_parameters, stack
 from loaders.workers import GuardedLoader, ReadingNotes
@@ -221,14 +222,18 @@ class StepBatches(Sampler):
                 yield [(step, position, int(uids[position])) for position in positions]
 
 
-def collate(samples: Sequence[dict]) -> dict:
+def collate(samples: Sequence[dict], tokenizer: Callable | None = None) -> dict:
     """Samples of one micro-batch to a batch, whose keys docs/design.md ("Batch") describes.
 
     Every tensor of a sample is stacked.
+
+    Args:
+        tokenizer: of the texts; None leaves them as long as they are.
     """
     tensors = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
     # In a worker it stacks straight into memory that is shared with the trainer.
     batch = {name: default_collate([sample[name] for sample in samples]) for name in tensors}
+    batch |= shaped_texts(batch["text"], tokenizer)
     for name in NUMBERS:
         batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
     batch["step"] = samples[0]["step"]
@@ -258,7 +263,7 @@ def make_loader(
     return GuardedLoader(
         dataset,
         batch_sampler=StepBatches(order, rank, world_size, micro_batch, start_step, end_step),
-        collate_fn=collate,
+        collate_fn=partial(collate, tokenizer=dataset.tokenizer),
         num_workers=workers,
         timeout=timeout if workers else 0,
         worker_init_fn=partial(_start_worker, notes=notes),

@@ -59,7 +59,7 @@ class Method(nn.Module):
             of any feature (see gradient caching in engine/step.py).
         """
         image = model.encode_image(batch["image"][:, 0])["feature"]
-        text = text_features(model, batch["text"][:, 0])
+        text = text_features(model, batch)
         return {"image": image, "text": text, "scale": model.scale().expand(len(image))}
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
@@ -85,22 +85,28 @@ class Method(nn.Module):
         """Called once after each optimizer step (queues, momentum encoders)."""
 
 
-def text_features(model: nn.Module, ids: Tensor) -> Tensor:
-    """`model.encode_text(ids)["feature"]`, equal texts encoded once unless the tower has dropout.
+def text_features(model: nn.Module, batch: dict[str, Tensor] | Tensor, view: int = 0) -> Tensor:
+    """Features of a text view, equal texts encoded once unless the tower has dropout.
 
     Image-label samples of one class and template have equal texts, and so equal features, whose
-    gradients add up.
+    gradients add up. Which texts are distinct was found by `loaders.text_shapes` before the batch
+    travelled, because a device would have to be waited for.
 
     Args:
-        ids: (b, L) int64 token ids.
+        batch: what `Method.encode` is given; or (b, L) int64 token ids, which a method has made or
+            altered itself, and which are encoded as they are.
+        view: the number of the view in `Method.texts`.
 
     Returns:
         (b, D) of unit length.
     """
-    if model.training and model.text.has_dropout:  # equal texts get masks of their own
-        return model.encode_text(ids)["feature"]
-    distinct, index = torch.unique(ids, dim=0, return_inverse=True)
-    return model.encode_text(distinct)["feature"][index]
+    if isinstance(batch, Tensor):
+        return model.encode_text(batch)["feature"]
+    # With dropout equal texts get masks of their own.
+    if "distinct_text" not in batch or (model.training and model.text.has_dropout):
+        return model.encode_text(batch["text"][:, view])["feature"]
+    distinct = model.encode_text(batch["distinct_text"][view])["feature"]
+    return distinct[batch["text_index"][:, view]]
 
 
 def scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:

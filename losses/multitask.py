@@ -25,7 +25,7 @@ class Method(cross_entropy.Method):
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         image = model.encode_image(batch["image"][:, 0])
-        text = text_features(model, batch["text"][:, 0])
+        text = text_features(model, batch)
         return {
             "logits": self.head(image["pooled"].to(self.head.weight.dtype)),
             "image": image["feature"],

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from loaders.errors import ConfigError
 from models.config import TextConfig
 from models.text_transformer import set_hf_grad_checkpointing
+
+# Encoders that take a mask of (b, 1, L, L) as it is. Given one of (b, L), they first ask whether it
+# masks anything (transformers, masking_utils), and every encoding would wait for the device.
+_TAKE_WHOLE_MASKS = (
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet",
+)  # fmt: skip
 
 
 def _encoder_config(cfg: TextConfig) -> PretrainedConfig:
@@ -58,6 +65,7 @@ class HuggingFaceTower(nn.Module):
         self.pad_id = config.pad_token_id
         self.pooling = cfg.pooling
         self.width = config.hidden_size
+        self.whole_mask = config.model_type in _TAKE_WHOLE_MASKS
         rates = [v for k, v in config.to_dict().items() if "dropout" in k or "drop_rate" in k]
         self.has_dropout = any(isinstance(rate, float | int) and rate > 0 for rate in rates)
         self.encoder = _encoder(cfg, config)
@@ -67,7 +75,10 @@ class HuggingFaceTower(nn.Module):
             self.encoder.pooler = None
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode token ids; the batch is cut to its longest text first.
+        """Encode token ids.
+
+        Outside of training the batch is cut to its longest text first; in training
+        `loaders.text_shapes` has cut it, so that nothing waits for the device here.
 
         Args:
             input_ids: (b, L) int64, padded on the right with the encoder's padding id.
@@ -75,16 +86,34 @@ class HuggingFaceTower(nn.Module):
         Returns:
             pooled state (b, width) and all states (b, L', width), L' <= L.
         """
-        mask = input_ids != self.pad_id
-        used = mask.any(dim=0).nonzero()
-        longest = int(used.max()) + 1 if len(used) else 1
-        input_ids, mask = input_ids[:, :longest], mask[:, :longest]
-        states = self.encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+        if not self.training:
+            used = self.mask(input_ids).any(dim=0).nonzero()
+            input_ids = input_ids[:, : int(used.max()) + 1 if len(used) else 1]
+        mask = self.mask(input_ids)
+        states = self.encoder(
+            input_ids=input_ids, attention_mask=self._attention_mask(mask)
+        ).last_hidden_state
         if self.pooling == "first":
             return states[:, 0], states
         weights = mask.unsqueeze(-1).float()
         mean = (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         return mean.to(states.dtype), states
+
+    def mask(self, input_ids: Tensor) -> Tensor:
+        """(b, L) bool: what is not padding of each row, its end token included."""
+        return input_ids != self.pad_id
+
+    def _attention_mask(self, mask: Tensor) -> Tensor:
+        """The mask (b, L) as the encoder takes it without looking at its values, if it can."""
+        kind = self.encoder.config._attn_implementation
+        if not self.whole_mask or kind not in ("sdpa", "eager"):
+            return mask.long()
+        whole = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        if kind == "sdpa":
+            return whole
+        dtype = self.encoder.dtype
+        lowest = torch.finfo(dtype).min
+        return torch.zeros_like(whole, dtype=dtype).masked_fill(~whole, lowest)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass (in training mode)."""

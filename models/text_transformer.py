@@ -15,18 +15,24 @@ from models.config import TextConfig
 # UniCL's own LayerNorm class uses this, CLIP 1e-5 (microsoft/UniCL, model/text_encoder).
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
+CLIP_END_ID = 49407  # of the tokenizer `clip` (openai/CLIP, clip/simple_tokenizer.py)
 
 
-def end_positions(input_ids: Tensor) -> Tensor:
-    """Position of the first largest id of each row, which is the first end-of-text token.
+def end_positions(input_ids: Tensor, end_id: int | None = None) -> Tensor:
+    """Position of the end-of-text token of each row: where the text is pooled.
 
     Args:
         input_ids: (b, L) int64. Padding may be 0 (OpenAI's tokenizer) or the end token itself
             (Hugging Face's): argmax takes the first maximum, so both give the same position.
+        end_id: counts as larger than every other id, so that a token added behind it (a mask) does
+            not matter. Where it is unknown, or a row is without it, the largest id of the row is
+            the end, as in CLIP's and UniCL's releases.
 
     Returns:
         (b,) int64.
     """
+    if end_id is not None:
+        input_ids = input_ids.masked_fill(input_ids == end_id, torch.iinfo(input_ids.dtype).max)
     return input_ids.argmax(dim=-1)
 
 
@@ -42,6 +48,7 @@ class TransformerTower(nn.Module):
     def __init__(self, cfg: TextConfig) -> None:
         super().__init__()
         self.width = cfg.width
+        self.end_id = CLIP_END_ID if cfg.tokenizer == "clip" else None
         self.encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=cfg.vocab_size,
@@ -90,8 +97,10 @@ class TransformerTower(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode token ids.
 
-        The batch is cut after its last end-of-text token first. That changes nothing: under the
-        causal mask no state depends on later positions, and later states are not pooled.
+        Outside of training the batch is cut after its last end-of-text token first. That changes
+        nothing: under the causal mask no state depends on later positions, and later states are
+        not pooled. In training `loaders.text_shapes` has cut it, so that nothing waits for the
+        device here.
 
         Args:
             input_ids: (b, L) int64 with L at most the context length.
@@ -100,11 +109,17 @@ class TransformerTower(nn.Module):
             state at the end-of-text token (b, width) and all states (b, L', width), L' <= L,
             both after the final LayerNorm.
         """
-        ends = end_positions(input_ids)
-        longest = int(ends.max()) + 1
+        ends = end_positions(input_ids, self.end_id)
+        if not self.training:
+            input_ids = input_ids[:, : int(ends.max()) + 1]
         # No attention mask: padding follows the end token, where the causal mask hides it.
-        states = self.encoder(input_ids=input_ids[:, :longest]).last_hidden_state
+        states = self.encoder(input_ids=input_ids).last_hidden_state
         return states[torch.arange(len(ends), device=ends.device), ends], states
+
+    def mask(self, input_ids: Tensor) -> Tensor:
+        """(b, L) bool: the text of each row, up to and with its end token."""
+        ends = end_positions(input_ids, self.end_id)
+        return torch.arange(input_ids.shape[1], device=ends.device) <= ends[:, None]
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass (in training mode)."""

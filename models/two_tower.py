@@ -84,13 +84,16 @@ class TwoTower(nn.Module):
 
         Returns:
             feature: (b, D) float32 of unit length; pooled: (b, text_width) before the
-            projection; tokens: (b, L', text_width), L' the longest text of the batch.
+            projection; tokens: (b, L', text_width), where L' is L in training, and else the
+            longest text of the batch; mask: (b, L') bool, True where a token is text, up to and
+            with its end token.
         """
         pooled, tokens = self.text(input_ids)
         return {
             "feature": F.normalize(self.text_projection(pooled).float(), dim=-1),
             "pooled": pooled,
             "tokens": tokens,
+            "mask": self.text.mask(input_ids[:, : tokens.shape[1]]),
         }
 
     def scale(self) -> Tensor:

@@ -305,12 +305,14 @@ def test_lengths_and_slices(sources):
 class Signals(torch.utils.data.Dataset):
     """Tells how a worker treats signals and threads."""
 
+    tokenizer = None
+
     def __getitem__(self, _):
         ignored = [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGUSR1)]
         return ignored, torch.get_num_threads()
 
 
 def test_workers_leave_signals_to_the_trainer(sources, monkeypatch):
-    monkeypatch.setattr("loaders.batch.collate", lambda samples: samples)
+    monkeypatch.setattr("loaders.batch.collate", lambda samples, tokenizer: samples)
     loader = make_loader(Signals(), make_order(sources), 0, 1, BATCH, 0, 1, workers=1)
     assert next(iter(loader))[0] == ([True, True], 1)

@@ -8,8 +8,8 @@ from transformers import BertConfig, BertModel
 from loaders.errors import ConfigError
 from models.config import ImageConfig, TextConfig
 from models.image_timm import TimmTower
-from models.text_hf import HuggingFaceTower
-from models.text_transformer import TransformerTower
+from models.text_hf import _TAKE_WHOLE_MASKS, HuggingFaceTower
+from models.text_transformer import TransformerTower, end_positions
 from tests.models.reference import ReferenceText, random_captions
 
 
@@ -117,6 +117,36 @@ def test_cutting_the_batch_changes_neither_values_nor_gradients():
         torch.testing.assert_close(cut_gradients[name], gradient, rtol=0, atol=1e-6 * largest)
 
 
+def test_a_text_ends_at_its_first_end_token():
+    mask_id, end = 60, 50
+    ids = torch.tensor([
+        [49, 7, 8, end, 0, 0],  # padding 0
+        [49, 7, end, end, end, end],  # padding with the end token
+        [49, 7, end, mask_id, 0, 0],  # something larger behind the end
+        [49, mask_id, 8, 9, end, end],  # and before it
+        [49, 7, 8, 9, 3, 2],  # no end: the largest id, as the releases have it
+    ])  # fmt: skip
+    assert end_positions(ids, end).tolist() == [3, 2, 2, 4, 0]
+    assert end_positions(ids).tolist() == [3, 2, 3, 1, 0]
+
+
+def test_features_do_not_depend_on_a_mask_token_behind_the_end():
+    torch.manual_seed(0)
+    shape = SHAPE | {"vocab_size": 49409}
+    tower = TransformerTower(TextConfig(**shape))
+    ids = torch.tensor([[49406, 320, 512, 49407, 0, 0], [49406, 320, 49407, 0, 0, 0]])
+    pooled, states = tower.train()(ids)
+    assert states.shape == (2, 6, 64)
+    assert tower.mask(ids).tolist() == [[True] * 4 + [False] * 2, [True] * 3 + [False] * 3]
+    behind = ids.clone()
+    behind[:, 4] = 49408
+    assert torch.equal(tower(behind)[0], pooled)
+    assert torch.equal(tower.mask(behind), tower.mask(ids))
+    short, states = tower.eval()(ids)
+    assert states.shape == (2, 4, 64)
+    torch.testing.assert_close(short, pooled, rtol=0, atol=1e-6)
+
+
 def test_text_initialisation_is_the_releases():
     width = 256
     torch.manual_seed(0)
@@ -176,6 +206,20 @@ def test_hugging_face_tower_from_a_folder(bert_folder, pooling):
         torch.testing.assert_close(pooled[row], wanted, rtol=0, atol=1e-5)
     pooled.sum().backward()
     assert all(parameter.grad is not None for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize("kind", _TAKE_WHOLE_MASKS)
+def test_encoders_given_a_whole_mask_encode_as_with_a_plain_one(kind):
+    sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "embedding_size": 32}
+    rates = ("attention_dropout", "dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    config = {"model_type": kind, **BERT, **sizes, **dict.fromkeys(rates, 0.0), "pad_token_id": 0}
+    tower = HuggingFaceTower(TextConfig(name="hf", hf_config=config, pooling="mean")).train()
+    pooled, states = tower(BERT_IDS)
+    assert states.shape == (2, 8, 32)  # nothing is cut in training
+    plain = tower.encoder(input_ids=BERT_IDS, attention_mask=(BERT_IDS != 0).long())
+    torch.testing.assert_close(states, plain.last_hidden_state, rtol=0, atol=1e-6)
+    alone, _ = tower(BERT_IDS[:1, :4])
+    torch.testing.assert_close(pooled[:1], alone, rtol=0, atol=1e-6)
 
 
 def test_hugging_face_tower_from_scratch(bert_folder):
