@@ -33,6 +33,9 @@ class Method(nn.Module):
             inherited: a method that changes another's `encode` or `loss` says it itself.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
+
+    Attributes:
+        precision: type of the weights in the forward pass, set by the engine.
     """
 
     Config: ClassVar[type] = NoOptions
@@ -41,6 +44,7 @@ class Method(nn.Module):
     mixes: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
+    precision: torch.dtype = torch.float32
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
         super().__init__()

@@ -91,7 +91,7 @@ def test_kernels_equal_float64(products, shape, excluding, figures):
 
     moved = [side.to(CUDA, torch.float32) for side in (x, y, scale)]
     ids = excluded and tuple(side.to(CUDA) for side in excluded)
-    tiles = kernels.KernelTiles(*moved, ids, products)
+    tiles = kernels.KernelTiles(*moved, ids)
     found = tiles.forward()
     gradients = tiles.backward(*found, g.to(CUDA, torch.float32), h.to(CUDA, torch.float32))
     assert torch.equal(found[0], tiles.forward()[0]), "equal to the last bit from call to call"
@@ -115,7 +115,7 @@ def test_sigmoid_kernels_equal_float64(products, figures):
     logits = scale * x @ y.t() + bias
     weights = logits.sigmoid()
     moved = [side.to(CUDA, torch.float32) for side in (x, y, scale)]
-    tiles = kernels.KernelTiles(*moved, None, products)
+    tiles = kernels.KernelTiles(*moved)
     offset = bias.to(CUDA, torch.float32)
     total = float(tiles.softplus_sum(offset))
     exact = torch.nn.functional.softplus(logits).sum()
