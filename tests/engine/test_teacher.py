@@ -201,7 +201,7 @@ def in_bf16(rank, world_size):
             torch.testing.assert_close(after.double(), wanted, rtol=0, atol=1e-7, msg=name)
             # In bf16 it would have stayed where it was.
             assert (after.bfloat16() == before[name].bfloat16()).float().mean() > 0.9
-            if "projection" in name or "head" in name and after.ndim == 2:
+            if "projection" in name or ("head" in name and after.ndim == 2):
                 moved.append((after != before[name]).float().mean().item())
         found.append((seen, moved))
     return found
