@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from engine.teacher import Teacher
 from loaders.errors import ConfigError
 from losses._gather import Gather
 
@@ -28,11 +29,16 @@ _NAMES = {torch.bfloat16: ("bf16", "bfloat16"), torch.float16: ("fp16", "float16
 
 
 class TrainModule(nn.Module):
-    """Model and method in one module, so that DeepSpeed shards, saves and restores both."""
+    """Model, method and its teacher in one module, so that DeepSpeed saves and restores them all.
+
+    Attributes:
+        teacher: a `engine.teacher.Teacher` if the method asks for one, else None.
+    """
 
     def __init__(self, model: nn.Module, method: nn.Module):
         super().__init__()
         self.model, self.method = model, method
+        self.teacher = Teacher(model, method) if method.teacher else None
 
     def forward(self, batch: dict[str, Tensor], gather: Gather | None = None) -> dict[str, Tensor]:
         """Features of one micro-batch, or with `gather` the loss of a batch of one micro-batch.
@@ -41,7 +47,23 @@ class TrainModule(nn.Module):
             batch: tensors on the device, described in docs/design.md ("Batch").
         """
         features = self.method.encode(self.model, batch)
-        return features if gather is None else self.method(features, batch["label"], gather)
+        if gather is None:
+            return features
+        return self.method({**features, **self.targets(batch)}, batch["label"], gather)
+
+    @torch.no_grad()
+    def targets(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the method wants of its teacher for one micro-batch; empty without a teacher.
+
+        The teacher's weights are float32, and its products run in the type of the student's: under
+        bf16 and fp16 by autocast, which keeps norms and softmax in float32.
+        """
+        if self.teacher is None:
+            return {}
+        images = batch["image"]
+        half = images.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(images.device.type, images.dtype, enabled=half):
+            return self.method.targets(self.teacher, batch)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -12,6 +12,9 @@ forward passes are repeated. One graph is always kept, because it takes no more 
 graphs that the second encoding makes one by one; a memory budget allows more. These micro-batches
 are encoded after all others, so that their graphs wait for nothing but the loss, and they are the
 first whose graphs are freed.
+
+A teacher's targets are computed once per micro-batch and join the features before the loss. After
+the update its average moves towards the new weights.
 """
 
 import contextlib
@@ -57,7 +60,10 @@ class Stepper:
         """
         run = self._whole if len(micro_batches) == 1 else self._cached
         out = run(step, micro_batches)
-        self.engine.module.method.step_end()
+        module = self.engine.module
+        module.method.step_end()
+        if module.teacher is not None:
+            module.teacher.update(module, module.method.decay(step))
         return {key: value.detach() for key, value in out.items()}
 
     def _whole(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -71,7 +77,8 @@ class Stepper:
     def _cached(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         encoded = self._encode(step, micro_batches)
         features = [{key: value.detach() for key, value in item.items()} for item in encoded]
-        out, gradients, of_parameters = self._loss_gradients(features, micro_batches)
+        targets = [self.engine.module.targets(batch) for batch in micro_batches]
+        out, gradients, of_parameters = self._loss_gradients(features, targets, micro_batches)
         for number, batch in enumerate(micro_batches):
             again, encoded[number] = encoded[number], None  # its backward pass frees its graph
             if number >= self.kept:
@@ -111,13 +118,15 @@ class Stepper:
         device = batch["label"].device
         return pieces - int(self.gather.max_(torch.tensor([pieces - mine], device=device)))
 
-    def _loss_gradients(self, features: list[Features], micro_batches: Sequence[Batch]):
+    def _loss_gradients(
+        self, features: list[Features], targets: list[Features], micro_batches: Sequence[Batch]
+    ):
         """The loss on all features, its gradient by feature and micro-batch, and by parameter."""
-        whole = {key: torch.cat([f[key] for f in features]) for key in features[0]}
+        whole = _joined(features)
         for value in whole.values():
             value.requires_grad_(value.is_floating_point())
-        method = self.engine.module.method
-        out = method(whole, torch.cat([b["label"] for b in micro_batches]), self.gather)
+        method, labels = self.engine.module.method, torch.cat([b["label"] for b in micro_batches])
+        out = method({**whole, **_joined(targets)}, labels, self.gather)
         out["loss"] = total_loss(out)
         keys = [key for key, value in whole.items() if value.requires_grad]
         parameters = [p for p in method.parameters() if p.requires_grad]
@@ -138,6 +147,11 @@ class Stepper:
         text = f"{self.seed} {step} {self.gather.rank} {micro_batch}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest, "big"))
+
+
+def _joined(pieces: list[Features]) -> Features:
+    """Features of several micro-batches as those of one."""
+    return {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
 
 
 def total_loss(out: dict[str, Tensor]) -> Tensor:
@@ -167,13 +181,16 @@ def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch norms as they are during a forward pass that is repeated
-    later."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    later. Those in evaluation mode, as a teacher's, do not move anyway."""
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in module.modules() if isinstance(m, kind) and m.training]
+    counted = [norm for norm in norms if norm.num_batches_tracked is not None]
     momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in counted]
     for norm in norms:
         norm.momentum = 0.0
     yield
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.sub_(1)
+    for norm, count in zip(counted, counts, strict=True):
+        norm.num_batches_tracked.copy_(count)

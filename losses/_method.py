@@ -2,7 +2,8 @@
 
 The engine calls `encode` once per micro-batch and `loss` once on the features of all of them.
 Gradient caching, gathering, checkpoints and logging live outside; a method gets them for free
-as long as `loss` sees the batch only through what `encode` returned and through the labels.
+as long as `loss` sees the batch only through what `encode` and `targets` returned and through the
+labels. What a method remembers between steps lives in buffers that are equal on all ranks.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class Method(nn.Module):
             inherited: a method that changes another's `encode` or `loss` says it itself.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
+        teacher: True when the method learns from an average of its own weights (`targets`).
 
     Attributes:
         precision: type of the weights in the forward pass, set by the engine.
@@ -44,6 +46,7 @@ class Method(nn.Module):
     mixes: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
+    teacher: ClassVar[bool] = False
     precision: torch.dtype = torch.float32
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
@@ -66,11 +69,38 @@ class Method(nn.Module):
         text = text_features(model, batch)
         return {"image": image, "text": text, "scale": model.scale().expand(len(image))}
 
+    def targets(self, teacher: nn.Module, batch: dict[str, Tensor]) -> Features:
+        """What the teacher says of one micro-batch, for `loss`; asked for if `teacher` is True.
+
+        Called without gradient, once per micro-batch: gradient caching does not repeat it.
+
+        Args:
+            teacher: `teacher.model` and `teacher.method` are averages of the student's, in
+                evaluation mode.
+            batch: as in `encode`.
+
+        Returns:
+            Tensors with first dimension b, under names that `encode` does not use.
+        """
+        raise NotImplementedError
+
+    def decay(self, step: int) -> float:
+        """How much of the teacher stays when it moves towards the weights after `step`; in [0, 1].
+
+        Args:
+            step: number of the step, from 0.
+        """
+        raise NotImplementedError
+
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         """Loss of the global batch, given this rank's share of it.
 
+        Called exactly **once** per optimizer step, however the batch is cut, so it may move a
+        history or a running mean. A step that loss scaling skips under fp16 counts as a step: it
+        moves histories, queues and the teacher, in the same way on every rank.
+
         Args:
-            features: what `encode` returned, micro-batches concatenated.
+            features: what `encode` and `targets` returned, micro-batches concatenated.
             labels: (b,) int64: class id >= 0, -1 image-text pair, <= -2 equal captions.
             gather: the ranks that share the batch.
 
@@ -86,7 +116,7 @@ class Method(nn.Module):
         return self.loss(features, labels, gather)
 
     def step_end(self) -> None:
-        """Called once after each optimizer step (queues, momentum encoders)."""
+        """Called once after each optimizer step, before the teacher moves (queues)."""
 
 
 def text_features(model: nn.Module, batch: dict[str, Tensor] | Tensor, view: int = 0) -> Tensor:

@@ -53,3 +53,21 @@ def supcon(first, second, labels, temperature):
         normaliser = torch.logsumexp(torch.stack(list(similarity.values())), 0)
         total = total + sum(normaliser - similarity[p] for p in same) / len(same)
     return total / (2 * n)
+
+
+def moco(query, key, negatives, temperature):
+    """MoCo (arXiv 1911.05722, equation 1) with the keys (M, D) that the queue holds, by loops."""
+    total = 0
+    for q, k in zip(query.double(), key.double(), strict=True):
+        scores = [torch.dot(q, other) / temperature for other in [k, *negatives.double()]]
+        total = total + torch.logsumexp(torch.stack(scores), 0) - scores[0]
+    return total / len(query)
+
+
+def nt_xent(first, second, temperature):
+    """SimCLR (arXiv 2002.05709, equation 1), the mean over all views, from all cosines."""
+    views = torch.cat([first, second]).double()
+    logits = views @ views.T / temperature
+    others = logits.masked_fill(torch.eye(len(views), dtype=torch.bool), float("-inf"))
+    partner = torch.arange(len(views)).roll(len(first))
+    return (others.logsumexp(1) - logits[torch.arange(len(views)), partner]).mean()

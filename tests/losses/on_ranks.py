@@ -64,17 +64,32 @@ def leaves_of(rows):
     image, text, second, _ = make_batch()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
+        "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
     return {key: value.clone().requires_grad_() for key, value in leaves.items()}
 
 
+def build(name, keep_mib=64):
+    """Method `name` in float64, with small heads and a queue that is not empty."""
+    head = {"hidden": 7, "projection": 5}
+    options = {"simclr": head, "slip": head, "moco": {"queue": 20, "projection": 6}}.get(name, {})
+    if name not in ("cross_entropy", "moco"):
+        options = {**options, "keep_mib": keep_mib}
+    torch.manual_seed(3)  # heads
+    method = losses.build(name, options, DIMS).double()
+    if name == "moco":
+        method.queue.keep(make_batch()[1])
+        method.step_end()
+    return method
+
+
 def gradients_of(name, rows, keep_mib=64):
     """Loss and gradients of method `name` on the given rows of the batch."""
     leaves, labels = leaves_of(rows), make_batch()[-1]
-    method = losses.build(name, {} if name == "cross_entropy" else {"keep_mib": keep_mib}, DIMS)
-    out = method.double()(leaves, labels[rows], Gather())
+    method = build(name, keep_mib)
+    out = method(leaves, labels[rows], Gather())
     loss = sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
     leaves |= {f"parameter {key}": value for key, value in method.named_parameters()}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
