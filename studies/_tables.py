@@ -104,10 +104,10 @@ def _found(report: Report, one: Difference) -> list[str]:
     if one.mean is None:
         return [EMPTY, f"0 of {len(report.study.seeds)}", EMPTY]
     mean = one.mean
-    text, seeds = f"{mean.mean:+.1f}", f"{mean.n} of {len(report.study.seeds)}"
+    text, seeds = f"{mean.mean:+.2f}", f"{mean.n} of {len(report.study.seeds)}"
     if mean.half is None:
         return [text, seeds, "one seed: no interval"]
-    text += f" [{mean.mean - mean.half:+.1f}, {mean.mean + mean.half:+.1f}]"
+    text += f" [{mean.mean - mean.half:+.2f}, {mean.mean + mean.half:+.2f}]"
     higher = report.label(one.arms[0 if mean.mean > 0 else 1])
     return [
         text,
@@ -134,7 +134,12 @@ def _md_table(heads: list[str], lines: list[list[str]]) -> list[str]:
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     rows = [heads, rule, *lines]
     return [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        "| "
+        + " | ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
         for row in rows
     ]
 

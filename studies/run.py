@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     index, count = args.task or (0, 1)
     mine = mine[index::count]
     missing = [cell for cell in mine if not cell.trained() or cell.lacking()]
-    print(f"{study.name}: {len(missing)} of {len(mine)} cells are missing, into {output}", flush=True)
+    counts = f"{len(missing)} of {len(mine)} cells are missing"
+    print(f"{study.name}: {counts}, into {output}", flush=True)
     if args.dry_run:
         print(*_listing(missing, every), sep="\n")
         return

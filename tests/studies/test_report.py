@@ -62,7 +62,7 @@ def test_a_difference_is_paired_over_seeds(tmp_path, capsys):
     test = stats.ttest_rel([two[s] + gaps[s] for s in seeds], list(two.values()))
     low, high = test.confidence_interval(0.95)
     line = next(line for line in text.splitlines() if "labels help" in line)
-    assert f"+2.0 [{low:+.1f}, {high:+.1f}]" in line
+    assert f"+2.00 [{low:+.2f}, {high:+.2f}]" in line
     assert "one higher" in line
     assert "3 of 3" in line
 
@@ -81,7 +81,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path, capsys):
     assert "| 50.0 / 4.0" in text  # half of [47, 55], of the test samples
     assert "One seed: there is no interval over seeds." in text
     line = next(line for line in text.splitlines() if "labels help" in line)
-    assert "+1.0 " in line
+    assert "+1.00 " in line
     assert "one seed: no interval" in line
 
 
@@ -94,7 +94,7 @@ def test_a_missing_cell_is_left_out_and_has_its_command(tmp_path, capsys):
     assert text.count("python -m studies.run") == 1
     assert command in text
     line = next(line for line in text.splitlines() if "labels help" in line)
-    assert "-1.0 " in line  # seed 5 alone: 52 - 53
+    assert "-1.00 " in line  # seed 5 alone: 52 - 53
     assert "1 of 2" in line
     assert command in (tmp_path / "out/report/index.html").read_text()
 

@@ -170,5 +170,3 @@ def test_the_family_sees_each_source_equally_often():
         sources = [cfg.data.image_label, cfg.data.image_text]
         assert cfg.data.sampler == "balanced"
         assert cfg.train.samples / sum(source is not None for source in sources) == 66_560
-
-
