@@ -160,7 +160,7 @@ def _make(cell, launcher: str, evaluation_launcher: str, signals):
             differing = [f"{k}: there {a!r}, now {b!r}" for k, (a, b) in cell.differing().items()]
             said = "; ".join(differing) or f"it stopped after step {cell.done_steps()}"
             failure = _work.Failure("train.py", 1, [f"the run is not finished: {said}"])
-    for one, names in cell.lacking():
+    for one, names in () if failure else cell.lacking():
         options = ["--datasets", *names, *one.options]
         failed = _work.evaluate(cell, one.task, options, evaluation_launcher, signals)
         failure = failure or failed

@@ -98,9 +98,10 @@ def write_shards(
     """
     set_folder.check_part(part, parts)
     preparation = set_folder.load(out)
-    layout = layout or Layout.even(len(order), preparation.samples_per_shard)
+    size = preparation.samples_per_shard
+    layout = layout or Layout.even(len(order), size)
     if preparation.shards != len(layout.first) - 1 or layout.first[-1] != len(order):
-        raise ValueError(f"{len(order)} samples do not make {preparation.shards} shards")
+        raise ValueError(f"{len(order)} samples do not make {preparation.shards} shards of {size}")
     todo = set_folder.missing(out, part, parts)
     if todo:
         set_folder.reopen(out)
@@ -119,7 +120,7 @@ def write_shards(
     except OSError as error:
         if error.errno not in set_folder.FULL:
             raise
-        expected = preparation.samples_per_shard * written["bytes"] // max(1, written["samples"])
+        expected = size * written["bytes"] // max(1, written["samples"])
         raise set_folder.disk_full(out, part, parts, expected) from None
     return total
 

@@ -16,10 +16,7 @@ from tests.multiprocess import fork_server
 from tests.studies import warm
 from tests.studies.parts import ROOT, TINY, study_file
 
-EVALUATIONS = [
-    {"task": "zero_shot", "datasets": ["emoji_twemoji"]},
-    {"task": "retrieval", "datasets": ["openclipart_captions"]},
-]
+EVALUATIONS = [{"task": "zero_shot", "datasets": ["emoji_twemoji"]}]
 ARMS = {
     "one": {"config": TINY},
     "two": {"config": TINY, "overrides": ["loss.name=supcon"], "without": ["zero_shot"]},
@@ -71,7 +68,7 @@ def start():
         yield call
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -88,11 +85,11 @@ def state(folder):
 
 def test_killed_and_continued_makes_only_what_is_missing(tmp_path, launcher, start, capsys):
     """SIGKILL in the second training; the trainings of four cells, one of them in two lives."""
-    overrides = ["data.workers=0", "train.steps=40", "log.save_every_steps=4"]
+    overrides = ["data.workers=0", "train.steps=20", "log.save_every_steps=3"]
     path = made(tmp_path, launcher, overrides=overrides)
     process = start(path)
     log = tmp_path / "out/runs/two-seed3/metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 9, process)
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 7, process)
     process.kill()
     process.communicate()
     first, second, third, fourth = cells_of(path)
@@ -103,11 +100,10 @@ def test_killed_and_continued_makes_only_what_is_missing(tmp_path, launcher, sta
     assert not first.lacking()
     assert not second.trained(), "killed too late to say anything"
     stopped = second.done_steps()
-    assert 4 <= stopped < 40
+    assert 3 <= stopped < 20
     assert "3 of 4 cells are missing" in said
-    assert (
-        f"two-seed3                    {40 - stopped} steps, {8 * (40 - stopped)} samples" in said
-    )
+    left = 20 - stopped
+    assert f"two-seed3                    {left} steps, {8 * left} samples" in said
     assert f"(after step {stopped})" in said
     before = state(tmp_path / "out")
 
@@ -117,7 +113,7 @@ def test_killed_and_continued_makes_only_what_is_missing(tmp_path, launcher, sta
     assert [line.split()[1] for line in lines if ": done in" in line] == [
         "two-seed3:", "one-seed5:", "two-seed5:"
     ]  # fmt: skip
-    assert f"two-seed3: train from step {stopped}, retrieval;" in "\n".join(lines)
+    assert f"two-seed3: train from step {stopped};" in "\n".join(lines)
     assert all(cell.trained() and not cell.lacking() for cell in (first, second, third, fourth))
     after = state(tmp_path / "out")
     kept = {path: time for path, time in before.items() if "one-seed3" in path.parts}
@@ -126,10 +122,10 @@ def test_killed_and_continued_makes_only_what_is_missing(tmp_path, launcher, sta
     assert [e["after_step"] for e in json.loads((second.run / "environment.json").read_text())[
         "starts"]] == [0, stopped]  # fmt: skip
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 41))
-    assert pointer.read_text().strip() == "step_0000040"
-    assert [line["what"] for line in first.usage()] == ["train", "zero_shot", "retrieval"]
-    assert [line["what"] for line in fourth.usage()] == ["train", "retrieval"]
+    assert steps == list(range(1, 21))
+    assert pointer.read_text().strip() == "step_0000020"
+    assert [line["what"] for line in first.usage()] == ["train", "zero_shot"]
+    assert [line["what"] for line in fourth.usage()] == ["train"]
 
     # Now nothing is left to do, and the report is whole.
     after, started = state(tmp_path / "out"), time.monotonic()
@@ -152,8 +148,8 @@ def test_killed_and_continued_makes_only_what_is_missing(tmp_path, launcher, sta
 
 def test_a_failure_is_written_and_keeps_no_other_cell_from_being_made(tmp_path, launcher, capsys):
     arms = {
-        "bad": {"config": TINY, "overrides": [f"data.image_label={tmp_path / 'nowhere'}"]},
-        "one": {"config": TINY, "without": ["retrieval"]},
+        "bad": {**ARMS["two"], "overrides": [f"data.image_label={tmp_path / 'nowhere'}"]},
+        "one": {"config": TINY, "without": ["zero_shot"]},
     }
     small = {"seeds": [3], "overrides": ["data.workers=0", "train.steps=2"]}
     path = made(tmp_path, launcher, arms=arms, **small)
@@ -178,8 +174,8 @@ def test_a_failure_is_written_and_keeps_no_other_cell_from_being_made(tmp_path, 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, launcher, start):
     path = made(
-        tmp_path, launcher, seeds=[3], arms={"one": ARMS["one"]}, evaluations=EVALUATIONS[:1],
-        overrides=["data.workers=0", "train.steps=4000", "log.save_every_steps=4000"],
+        tmp_path, launcher, seeds=[3], arms={"one": ARMS["one"]},
+        overrides=["data.workers=0", "train.steps=2000", "log.save_every_steps=4000"],
     )  # fmt: skip
     process = start(path)
     (cell,) = cells_of(path)
@@ -194,8 +190,8 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, launche
 
 def test_a_cell_that_another_process_holds_comes_last(tmp_path, launcher, start, capsys):
     path = made(
-        tmp_path, launcher, seeds=[3], evaluations=EVALUATIONS[1:],
-        arms={"one": ARMS["one"], "two": {"config": TINY, "overrides": ["loss.name=supcon"]}},
+        tmp_path, launcher, seeds=[3],
+        arms={"one": {"config": TINY, "without": ["zero_shot"]}, "two": ARMS["two"]},
         overrides=["data.workers=0", "train.steps=2"],
     )  # fmt: skip
     first, _ = cells_of(path)
