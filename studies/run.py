@@ -14,6 +14,7 @@ Then: python -m studies.report studies/family.yaml
 """
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse_arguments(argv)
     # Late: what is wrong with the command line is said before configurations are read.
-    from studies import _cells, _evaluations, _study
+    from studies import _cells, _cost_ahead, _evaluations, _study
 
     study = _study.read(args.study)
     planned = _evaluations.plan(study)
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = f"{len(missing)} of {len(mine)} cells are missing"
     print(f"{study.name}: {counts}, into {output}", flush=True)
     if args.dry_run:
-        print(*_listing(missing, every), sep="\n")
+        print(*_cost_ahead.listing(missing, every), sep="\n")
         return
     launchers = (
         args.launcher or study.launcher,
@@ -103,21 +104,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _make_all(missing: list, every: list, launcher: str, evaluation_launcher: str) -> None:
     """Make the cells one after the other; those that another process holds come last."""
     from engine.clock import duration
+    from studies import _cost_ahead
     from studies._work import Signals, Stopped
 
     signals, failures, took = Signals(), {}, {}
-    queue = [(cell, 0.0) for cell in missing]
-    number = 0
+    queue, put_off, number = list(missing), set(), 0
     with signals.caught():
-        while queue:
-            cell, patience = queue.pop(0)
-            lock = _hold(cell, patience)
+        while queue and not signals.received:
+            cell = queue.pop(0)
+            lock = _hold(cell)
             if lock is None:
-                print(f"{cell.name}: another process is at work on it; it comes last", flush=True)
-                queue.append((cell, float("inf")))
+                if cell.name not in put_off:
+                    print(f"{cell.name}: another process is at work on it; it comes last")
+                elif put_off.issuperset(other.name for other in queue):
+                    time.sleep(1)  # all that is left is in other hands
+                put_off.add(cell.name)
+                queue.append(cell)
                 continue
             number += 1
-            left = _seconds([cell, *(other for other, _ in queue)], every, took)
+            left = _cost_ahead.seconds([cell, *queue], every, took)
             eta = f"ETA {duration(left)}" if left else "ETA not known yet"
             head = f"[{number}/{len(missing)}] {cell.name}"
             print(
@@ -132,7 +137,7 @@ def _make_all(missing: list, every: list, launcher: str, evaluation_launcher: st
                     "command goes on from there", 128 + stop.number
                 ) from None  # fmt: skip
             finally:
-                lock.release()
+                os.close(lock.descriptor)
             seconds = time.monotonic() - start
             if failure is None:
                 took.setdefault(cell.arm, []).append(seconds)
@@ -140,6 +145,8 @@ def _make_all(missing: list, every: list, launcher: str, evaluation_launcher: st
             else:
                 failures[cell.name] = failure
                 print(f"{head}: failed after {duration(seconds)}\n{failure}", flush=True)
+    if queue:
+        raise CellsFailed(f"stopped with {len(queue)} cells left", 128 + signals.received)
     if failures:
         codes = {failure.code for failure in failures.values()}
         raise CellsFailed(
@@ -175,24 +182,12 @@ def _make(cell, launcher: str, evaluation_launcher: str, signals):
     return failure
 
 
-class _Held:
-    """A lock on a cell's folder that `release` gives back."""
-
-    def __init__(self, lock) -> None:
-        self._lock = lock
-
-    def release(self) -> None:
-        import os
-
-        os.close(self._lock.descriptor)
-
-
-def _hold(cell, patience: float) -> _Held | None:
-    """A lock on the cell, or None where another process has it for longer than `patience` (s)."""
+def _hold(cell):
+    """A lock on the cell, or None where another process has it."""
     from engine.run_lock import RunLock
 
     try:
-        return _Held(RunLock(cell.notes, lambda line: print(line, flush=True), patience))
+        return RunLock(cell.notes, lambda line: None, patience=0)
     except DataError:
         return None
 
@@ -202,56 +197,6 @@ def _what(cell) -> str:
         return ", ".join(one.task for one, _ in cell.lacking())
     done = f" from step {cell.done_steps()}" if cell.done_steps() else ""
     return ", ".join([f"train{done}", *(one.task for one in cell.evaluations)])
-
-
-def _seconds(cells: list, every: list, took: dict[str, list[float]]) -> float | None:
-    """Time that cells will take: as others of their arm took, else as all took on average."""
-    known = {arm: sum(values) / len(values) for arm, values in took.items()}
-    for cell in every:
-        if cell.arm not in known and (seconds := cell.training_seconds()):
-            known[cell.arm] = seconds
-    if not known:
-        return None
-    average = sum(known.values()) / len(known)
-    return sum(known.get(cell.arm, average) for cell in cells)
-
-
-def _listing(missing: list, every: list) -> list[str]:
-    """A line for each missing cell: what it lacks, steps, samples, and minutes where known."""
-    known: dict[str, float] = {}
-    for cell in every:
-        if cell.arm not in known and (seconds := cell.training_seconds()):
-            known[cell.arm] = seconds
-    lines, samples, seconds = [], 0, 0.0
-    for cell in missing:
-        line = f"  {cell.name:<28}"
-        if cell.trained():
-            lines.append(line + " " + "; ".join(_names(pair) for pair in cell.lacking()))
-            continue
-        steps = cell.steps()
-        if steps is None:
-            lines.append(f"{line} {cell.cfg.train.epochs:g} epochs of its data")
-            continue
-        left = steps - cell.done_steps()
-        count = left * cell.cfg.train.global_batch
-        samples += count
-        line += f" {left} steps, {count} samples"
-        if cell.done_steps():
-            line += f" (after step {cell.done_steps()})"
-        if cell.arm in known:
-            part = known[cell.arm] * left / steps
-            seconds += part
-            line += f", {part / 60:.1f} min of training"
-        lines.append(line)
-    unknown = sorted({cell.arm for cell in missing if not cell.trained()} - known.keys())
-    total = f"  in all {samples} samples, {seconds / 60:.1f} min of training"
-    if unknown:
-        total += f" and that of {', '.join(unknown)}, of which no cell is finished"
-    return [*lines, total] if missing else []
-
-
-def _names(pair) -> str:
-    return f"{pair[0].task} on {' '.join(pair[1])}"
 
 
 if __name__ == "__main__":
