@@ -78,7 +78,7 @@ def test_an_interval_with_zero_is_not_shown_and_never_equal(tmp_path, capsys):
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path, capsys):
     text = show(filled(tmp_path, {("one", 3): 50, ("two", 3): 49}, seeds=[3]), capsys)
-    assert "| 50.0 / 4.0" in text  # half of [47, 55], of the test samples
+    assert " 50.0 / 4.0 |" in text  # half of [47, 55], of the test samples
     assert "One seed: there is no interval over seeds." in text
     line = next(line for line in text.splitlines() if "labels help" in line)
     assert "+1.00 " in line
@@ -101,7 +101,7 @@ def test_a_missing_cell_is_left_out_and_has_its_command(tmp_path, capsys):
 
 def test_nothing_there_is_a_table_of_dashes(tmp_path, capsys):
     text = show(filled(tmp_path, {}), capsys)
-    assert text.count("| —") >= 10
+    assert text.count(" — |") >= 10
     assert text.count("python -m studies.run") == 1
     assert not list((tmp_path / "out/report").glob("*.png"))
 
@@ -130,7 +130,7 @@ def test_an_arm_that_a_task_says_nothing_about(tmp_path, capsys):
     }
     text = show(filled(tmp_path, {("one", 3): 50, ("one", 5): 52}, arms=arms), capsys)
     two = next(line for line in text.splitlines() if line.startswith("| two"))
-    assert "| · " in two
+    assert " · |" in two
     assert "labels help" not in text
 
 
@@ -145,7 +145,7 @@ def test_a_measure_may_be_a_mean_over_sets(tmp_path, capsys):
     values = {(name, "zero_shot", "top1"): 40 + 20 * i for i, name in enumerate(sets)}
     write_cell(one, values)
     # Two independent intervals of ± 4: sqrt(4² + 4²) / 2.
-    assert "| 50.0 / 2.8 " in show(path, capsys)
+    assert " 50.0 / 2.8 |" in show(path, capsys)
 
 
 def test_cells_measured_on_different_samples_are_refused(tmp_path):

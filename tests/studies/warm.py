@@ -2,8 +2,8 @@
 a process that is forked from a server with everything imported. It takes a tenth of a second, where
 a fresh interpreter needs ten of a core.
 
-The client is the process that a study knows: where it dies, the script gets SIGTERM, as a launcher
-hands it on. The server is a process of `tests.multiprocess.fork_server`.
+The client is the process that a study knows: it hands SIGTERM on to the script, as a launcher does,
+and the script gets it also where the client dies. The server is a process of `tests.multiprocess.fork_server`.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ def client() -> int:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(sys.argv[1])
         call = {"argv": sys.argv[2:], "folder": os.getcwd(), "environment": dict(os.environ)}
+        # As a launcher does: hand SIGTERM on, and wait for the script.
+        signal.signal(signal.SIGTERM, lambda *_: connection.send(b"t"))
         socket.send_fds(connection, [b"."], [1, 2])
         connection.sendall(json.dumps(call).encode() + b"\n")
         return int(connection.makefile().readline())
