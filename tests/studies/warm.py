@@ -3,7 +3,8 @@ a process that is forked from a server with everything imported. It takes a tent
 a fresh interpreter needs ten of a core.
 
 The client is the process that a study knows: it hands SIGTERM on to the script, as a launcher does,
-and the script gets it also where the client dies. The server is a process of `tests.multiprocess.fork_server`.
+and the script gets it also where the client dies. The server is a process of
+`tests.multiprocess.fork_server`.
 """
 
 import contextlib
