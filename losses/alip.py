@@ -128,7 +128,7 @@ class Method(Base):
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         image, caption, synthetic = (features[name] for name in ("image", *self.texts))
         pairs = ((caption, synthetic), (image, caption), (image, synthetic))
-        cosines = torch.stack([_cosines(*pair).detach() for pair in pairs])
+        cosines = torch.stack([_cosines(*pair) for pair in pairs])
         histories = self._remember(cosines, gather)
         weights = gate_weights(cosines, histories, self.cfg.language, self.cfg.description)
         walk, out = Walk(self.cfg.keep_mib * 2**20, precision=self.precision), {"sample_loss": 0}

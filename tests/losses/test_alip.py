@@ -198,9 +198,8 @@ def test_a_mean_approaches_what_stays():
     assert {name: tuple(value.shape) for name, value in method.state_dict().items()} == kept
 
 
-def on_rank(rank, shares):
+def on_rank(rank, features, shares):
     """Two steps of this rank's share; what the method remembers."""
-    features = case(7)[0]
     own, method = slice(sum(shares[:rank]), sum(shares[: rank + 1])), build()
     for _ in range(2):
         mine = {name: value[own] for name, value in features.items()}
@@ -213,7 +212,7 @@ def test_all_ranks_remember_the_means_of_the_global_batch():
     shares = [1, len(features["image"]) - 3, 2]
     for _ in range(2):
         run(method, features)
-    for found in virtual.run(on_rank, 3, shares):
+    for found in virtual.run(on_rank, 3, features, shares):
         torch.testing.assert_close(found, histories_of(method), rtol=1e-12, atol=1e-12)
     assert len({*histories_of(method), 1.0}) == 4
 
