@@ -93,7 +93,7 @@ def dense_alip(features, histories, language, description, momentum):
     x, t, c, scale = (features[name] for name in (*NAMES, "scale"))
     count, scale = len(x), scale[0]
     pairs = zip((t, x, x), (c, t, c), strict=True)
-    cosines = [[float(torch.dot(a, b)) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    cosines = [[torch.dot(a, b).item() for a, b in zip(*pair, strict=True)] for pair in pairs]
     histories = [
         momentum * history + (1 - momentum) * sum(values) / count
         for history, values in zip(histories, cosines, strict=True)
