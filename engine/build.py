@@ -178,6 +178,7 @@ def engine(plan: Plan, device: torch.device):
     if cfg.train.compile:
         compilation.compile_towers(model, deepspeed_engine.stage(plan.deepspeed), device)
     method = build_method(plan, model)
+    method.precision = deepspeed_engine.precision(plan.deepspeed)
     optimizer = optim.build(model, method, cfg.optim)
     module = deepspeed_engine.TrainModule(model, method).to(device).train()
     return deepspeed_engine.initialise(module, optimizer, plan.deepspeed, device)

@@ -118,7 +118,9 @@ class Run:
             dataset=self.dataset,
             notes=self.notes,
             engine=engine,
-            stepper=Stepper(engine, Gather(), cfg.seed, int(cfg.train.graph_memory_gb * 1e9)),
+            stepper=Stepper(
+                engine, Gather(equal_rows=True), cfg.seed, int(cfg.train.graph_memory_gb * 1e9)
+            ),
             guard=FiniteGuard(engine, plan, self.dataset, self.device),
             meter=Meter(self.device),
             clock=Clock(cfg.train.global_batch, plan.steps),

@@ -10,7 +10,7 @@ The convention, fixed here once: each rank computes the gradient of the **global
 respect to its local features and multiplies it by the number of ranks; the engine then
 *averages* parameter gradients over ranks, which gives the single-process gradient exactly.
 The multiplication needs no code in a method: a gather whose backward pass sums over ranks,
-together with a loss that is a mean over local rows, has it built in.
+together with a loss that is a mean over local rows, has it built in. So has `Ranks.total`.
 """
 
 import math
@@ -38,13 +38,16 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None, members: Sequence[int], rank: int):
         self.group, self.members, self.rank = group, members, rank
         self.world_size = len(members)
+        self.equal_rows = False
 
     def sizes(self, rows: int, device: torch.device) -> list[int]:
-        """Number of local rows of every rank, in rank order."""
-        if self.world_size == 1:
-            return [rows]
+        """Number of local rows of every rank, in rank order. The only wait for the device here,
+        and none where all ranks are known to have equally many."""
+        if self.world_size == 1 or self.equal_rows:
+            return [rows] * self.world_size
         counts = torch.empty(self.world_size, dtype=torch.int64, device=device)
-        _all_gather_single(counts, torch.tensor([rows], device=device), group=self.group)
+        own = torch.full((1,), rows, dtype=torch.int64, device=device)
+        _all_gather_single(counts, own, group=self.group)
         return counts.tolist()
 
     def rows(self, local: Tensor, sizes: list[int] | None = None) -> Tensor:
@@ -69,6 +72,16 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
+    def total(self, share: Tensor) -> Tensor:
+        """Sum over ranks with gradient, equal on every rank.
+
+        Args:
+            share: tensor of any shape, the same on all ranks, as is the gradient of the sum; what
+                this rank contributes gets that gradient times the number of ranks (the convention
+                above).
+        """
+        return share if self.world_size == 1 else _Total.apply(share, self)
+
     def max_(self, tensor: Tensor) -> Tensor:
         """Maximum over ranks, in place, without gradient."""
         if self.world_size > 1:
@@ -84,17 +97,20 @@ class Gather(Ranks):
     Args:
         group: a `torch.distributed` process group. None means the default group when one is
             initialised, otherwise a single process.
+        equal_rows: all ranks always have equally many local rows, as the engine's have. They then
+            need not ask each other, for which the host would wait.
 
     Attributes:
         row: the q ranks of this rank's grid row; they gather images.
         column: the p ranks of its grid column; they gather texts.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
+    def __init__(self, group: dist.ProcessGroup | None = None, equal_rows: bool = False):
         distributed = dist.is_available() and dist.is_initialized()
         world_size = dist.get_world_size(group) if distributed else 1
         rank = dist.get_rank(group) if distributed else 0
         super().__init__(group, range(world_size), rank)
+        self.equal_rows = equal_rows
         _, columns = grid_shape(world_size)
         # Making process groups takes every process of the job, and the members of a part of
         # them cannot ask the others: they use the one-sided form, which needs no more groups.
@@ -156,6 +172,20 @@ class _GatherRows(torch.autograd.Function):
         out = gradient.new_empty((longest, *gradient.shape[1:]))
         _reduce_scatter_single(out, gradient.contiguous(), group=gather.group)
         return out[: sizes[gather.rank]], None, None
+
+
+class _Total(torch.autograd.Function):
+    """All-reduce whose backward is a multiplication, because all ranks have the same gradient."""
+
+    @staticmethod
+    def forward(ctx, share: Tensor, ranks: Ranks) -> Tensor:
+        ctx.world_size = ranks.world_size
+        return ranks.sum_(share.clone())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return gradient * ctx.world_size, None
 
 
 def _pad_rows(tensor: Tensor, rows: int) -> Tensor:

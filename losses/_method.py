@@ -31,6 +31,9 @@ class Method(nn.Module):
             of `batch["image"][:, v]` and `batch["text"][:, t]`.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
+
+    Attributes:
+        precision: type of the weights in the forward pass, set by the engine.
     """
 
     Config: ClassVar[type] = NoOptions
@@ -38,6 +41,7 @@ class Method(nn.Module):
     texts: ClassVar[tuple[str, ...]] = ("text",)
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
+    precision: torch.dtype = torch.float32
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
         super().__init__()

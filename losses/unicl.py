@@ -13,7 +13,6 @@ L = L_BiC / (2 |B|); this is the form implemented. An image-text pair is its own
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -46,24 +45,11 @@ def unicl_loss(
     return contrast(image_features, text_features, labels, scale, Gather(group)).loss
 
 
-PRODUCTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 @dataclass
 class Config:
-    """keep_mib: memory per rank for logits kept for the backward pass, in MiB.
-
-    products: type of the inputs of the matrix products, float32 or bfloat16 (for GPUs; sums stay
-    float32, and no logits are kept).
-    """
+    """keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB."""
 
     keep_mib: int = 64
-    products: str = "float32"
-
-    def __post_init__(self) -> None:
-        if self.products not in PRODUCTS:
-            names = ", ".join(PRODUCTS)
-            raise ValueError(f"loss.products={self.products!r} is not one of {names}")
 
 
 class Method(Base):
@@ -79,7 +65,7 @@ class Method(Base):
             features["scale"][:1],
             gather,
             keep_bytes=self.cfg.keep_mib * 2**20,
-            products=PRODUCTS[self.cfg.products],
+            precision=self.precision,
         )
         return {
             "contrastive_loss": result.loss,
