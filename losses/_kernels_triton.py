@@ -21,18 +21,17 @@ def _products(
     given,
     rows,
     columns,
-    m,
     D,
+    stride,
     EVEN: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """x[rows] y[columns]^T in float32, computed, or loaded from `given` (n, m)."""
-    if GIVEN:
-        products = tl.load(given + (rows * m)[:, None] + columns[None, :])
+    if given is not None:
+        products = tl.load(given + (rows * stride)[:, None] + columns[None, :])
     else:
         features = tl.arange(0, BLOCK_D)
         x_at = x + rows.to(tl.int64)[:, None] * D + features[None, :]
@@ -45,25 +44,19 @@ def _products(
                 inside = features[None, :] < D - start
                 left = tl.load(x_at, mask=inside, other=0.0)
                 right = tl.load(y_at, mask=inside, other=0.0)
-            products = tl.dot(left, tl.trans(right), products, input_precision=PRECISION)
+            if WIDEN:  # the interpreter multiplies the bits of bfloat16 numbers as integers
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            products = tl.dot(left, tl.trans(right), products, input_precision="tf32")
             x_at += BLOCK_D
             y_at += BLOCK_D
     return products
 
 
 @triton.jit
-def _kept(
-    row_ids,
-    column_ids,
-    rows,
-    columns,
-    n,
-    m,
-    EXCLUDE: tl.constexpr,
-):
+def _kept(row_ids, column_ids, rows, columns, n, m):
     """Where a pair counts: inside the slab and not excluded."""
     kept = (rows < n)[:, None] & (columns < m)[None, :]
-    if EXCLUDE:
+    if row_ids is not None:
         row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
         column_id = tl.load(column_ids + tl.minimum(columns, m - 1))
         # Negative ids of the two sides are made unlike each other.
@@ -114,10 +107,9 @@ def logsumexps(
     m,
     walk,
     D,
+    stride,
     EVEN: tl.constexpr,
-    EXCLUDE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     SPREAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,10 +130,10 @@ def logsumexps(
         columns = step * BLOCK_M + tl.arange(0, BLOCK_M)
         near_rows, near_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
         products = _products(
-            x, y, given, near_rows, near_columns, m,
-            D, EVEN, GIVEN, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+            x, y, given, near_rows, near_columns,
+            D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        kept = _kept(row_ids, column_ids, rows, columns, n, m, EXCLUDE)
+        kept = _kept(row_ids, column_ids, rows, columns, n, m)
         shifts, sums, column_shifts, column_sums = _sums(products, kept, scale, SPREAD)
         larger = tl.maximum(row_shifts, shifts)
         row_sums *= tl.exp(row_shifts - _finite(larger))
@@ -212,11 +204,10 @@ def pair_weights(
     n,
     m,
     D,
+    stride,
     EVEN: tl.constexpr,
+    WIDEN: tl.constexpr,
     SIGMOID: tl.constexpr,
-    EXCLUDE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
     SAFE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -233,12 +224,12 @@ def pair_weights(
     columns = step * BLOCK_M + tl.arange(0, BLOCK_M)
     near_rows, near_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
     products = _products(
-        x, y, given, near_rows, near_columns, m,
-        D, EVEN, GIVEN, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+        x, y, given, near_rows, near_columns,
+        D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     logits = products * tl.load(scale_at)
-    if SIGMOID or EXCLUDE:
-        kept = _kept(row_ids, column_ids, rows, columns, n, m, EXCLUDE)
+    if SIGMOID or row_ids is not None:
+        kept = _kept(row_ids, column_ids, rows, columns, n, m)
         logits = tl.where(kept, logits, float("-inf"))
     if SIGMOID:
         weights = 1.0 / (1.0 + tl.exp(-logits - tl.load(bias_at)))
@@ -252,7 +243,7 @@ def pair_weights(
             tl.load(column_weights + near_columns),
             SAFE,
         )
-    out_at = weights_out + (rows * m)[:, None] + columns[None, :]
+    out_at = weights_out + (rows * stride)[:, None] + columns[None, :]
     inside = (rows < n)[:, None] & (columns < m)[None, :]
     tl.store(out_at, weights.to(weights_out.dtype.element_ty), mask=inside)
 
@@ -270,10 +261,9 @@ def softplus_sums(
     n,
     m,
     D,
+    stride,
     EVEN: tl.constexpr,
-    EXCLUDE: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -284,8 +274,8 @@ def softplus_sums(
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = step * BLOCK_M + tl.arange(0, BLOCK_M)
     products = _products(
-        x, y, given, tl.minimum(rows, n - 1), tl.minimum(columns, m - 1), m,
-        D, EVEN, GIVEN, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+        x, y, given, tl.minimum(rows, n - 1), tl.minimum(columns, m - 1),
+        D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     logits = products * tl.load(scale_at) + tl.load(bias_at)
     # log(1 + e) without loss for small e: the error of rounding 1 + e is divided out (Kahan).
@@ -293,6 +283,6 @@ def softplus_sums(
     rounded = 1.0 + small
     quotient = tl.log(rounded) * (small / tl.where(rounded == 1.0, 1.0, rounded - 1.0))
     softplus = tl.maximum(logits, 0.0) + tl.where(rounded == 1.0, small, quotient)
-    kept = _kept(row_ids, column_ids, rows, columns, n, m, EXCLUDE)
+    kept = _kept(row_ids, column_ids, rows, columns, n, m)
     softplus = tl.where(kept, softplus, 0.0)
     tl.store(sums_out + tl.program_id(0), tl.sum(tl.sum(softplus, 1), 0))
