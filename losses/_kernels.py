@@ -47,6 +47,9 @@ LARGE = {torch.bfloat16: (128, 128, 64, 4, 3), torch.float32: (128, 128, 32, 4, 
 # For shapes with fewer large blocks than FILLED, which would leave most of a card without work.
 SMALL = {torch.bfloat16: (64, 64, 64, 4, 4), torch.float32: (64, 64, 32, 4, 4)}
 FILLED = 128
+# For products taken from the scratch: large blocks of them do not fit the registers, in which the
+# compiler lays them out worse than what the tensor cores return.
+GIVEN = (64, 64, 32, 8, 1)
 # Walks of the normalisers grow so that there are this many: some eight for every multiprocessor.
 WALKS = 1024
 # How far the normalisers of a block may lie below their bound, see `_softmax_weights`.
@@ -210,6 +213,8 @@ class _Slab:
         self.blocks = LARGE[self.tiles.x.dtype]
         if triton.cdiv(self.n, self.blocks[0]) * triton.cdiv(self.m, self.blocks[1]) < FILLED:
             self.blocks = SMALL[self.tiles.x.dtype]
+        if self.tiles.given:
+            self.blocks = GIVEN
         self.row_blocks = triton.cdiv(self.n, self.blocks[0])
         self.column_blocks = triton.cdiv(self.m, self.blocks[1])
 

@@ -277,12 +277,15 @@ def softplus_sums(
         x, y, given, tl.minimum(rows, n - 1), tl.minimum(columns, m - 1),
         D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
     )  # fmt: skip
-    logits = products * tl.load(scale_at) + tl.load(bias_at)
-    # log(1 + e) without loss for small e: the error of rounding 1 + e is divided out (Kahan).
-    small = tl.exp(-tl.abs(logits))
-    rounded = 1.0 + small
-    quotient = tl.log(rounded) * (small / tl.where(rounded == 1.0, 1.0, rounded - 1.0))
-    softplus = tl.maximum(logits, 0.0) + tl.where(rounded == 1.0, small, quotient)
     kept = _kept(row_ids, column_ids, rows, columns, n, m)
-    softplus = tl.where(kept, softplus, 0.0)
+    logits = tl.where(kept, products * tl.load(scale_at) + tl.load(bias_at), float("-inf"))
+    # log(1 + e) = 2 artanh(e / (2 + e)) by its series, because 1 + e has lost a small e; the ratio
+    # is at most 1/3, so all terms after the last make 2e-8 of the sum.
+    small = tl.exp(-tl.abs(logits))
+    ratio = small / (2.0 + small)
+    square = ratio * ratio
+    series = 1 / 11 + square * (1 / 13)
+    series = 1 / 7 + square * (1 / 9 + square * series)
+    series = 1 / 3 + square * (1 / 5 + square * series)
+    softplus = tl.maximum(logits, 0.0) + 2.0 * ratio * (1.0 + square * series)
     tl.store(sums_out + tl.program_id(0), tl.sum(tl.sum(softplus, 1), 0))

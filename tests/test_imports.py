@@ -48,7 +48,7 @@ ROOMS = {
     "models.formats": set(),
 }
 FOREIGN = {  # beyond the standard library
-    "losses": {"torch"},
+    "losses": {"torch", "triton"},  # Triton comes with torch for GPUs
     "models": {"torch", "timm", "transformers", "safetensors", "yaml"},
     "loaders": {
         "numpy",
