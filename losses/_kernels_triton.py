@@ -84,7 +84,9 @@ def _sums(products, kept, scale, SPREAD: tl.constexpr):
     if highest - lowest < SPREAD:
         weights = tl.where(kept, tl.exp(products * scale - highest), 0.0)
         row_sums, column_sums = tl.sum(weights, 1), tl.sum(weights, 0)
-        row_shifts, column_shifts = row_sums * 0.0 + highest, column_sums * 0.0 + highest
+        # A row without a pair has no maximum: what it has elsewhere may lie far below this one.
+        row_shifts = tl.where(row_sums == 0.0, float("-inf"), highest)
+        column_shifts = tl.where(column_sums == 0.0, float("-inf"), highest)
     else:
         logits = tl.where(kept, products * scale, float("-inf"))
         row_shifts, column_shifts = tl.max(logits, 1), tl.max(logits, 0)
