@@ -43,12 +43,9 @@ def make_module(
         compilation.compile_towers(model, zero_stage=1, device=device)
     dims = {"embed_dim": model.embed_dim, "image_width": model.image_width,
             "text_width": model.text_width, "num_classes": 1000}  # fmt: skip
-    settings = {"products": "bfloat16"} if device.type == "cuda" else {}
-    return (
-        deepspeed_engine.TrainModule(model, losses.build("unicl", settings, dims))
-        .to(device)
-        .train()
-    )
+    method = losses.build("unicl", {}, dims)
+    method.precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return deepspeed_engine.TrainModule(model, method).to(device).train()
 
 
 def make_batch(size: int, device: torch.device, seed: int = 0) -> Batch:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from losses._block import WALK, Block, Classes, Walk
 from losses._core import global_labels
 from losses._gather import Gather
 from losses._method import Features
@@ -24,7 +25,12 @@ from losses._method import Method as Base
 
 
 def supcon_loss(
-    first: Tensor, second: Tensor, labels: Tensor, temperature: float, gather: Gather
+    first: Tensor,
+    second: Tensor,
+    labels: Tensor,
+    temperature: float,
+    gather: Gather,
+    walk: Walk = WALK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L_out over both views of the global batch.
 
@@ -33,37 +39,43 @@ def supcon_loss(
         labels: (b,) int64, see `losses._core.global_labels`.
         temperature: divides the cosines.
         gather: the ranks that share the batch.
+        walk: memory, tiles and precision of the core.
 
     Returns:
-        scalar whose mean over ranks is the global loss; loss per sample (b,) without
-        gradient; number of positives per anchor (b,).
+        scalar, the global loss (equal on every rank); loss per sample (b,) without gradient;
+        number of positives per anchor (b,).
     """
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    views = first.to(dtype), second.to(dtype)
     sizes = gather.sizes(len(first), first.device)
-    local, everyone = torch.cat(views), torch.cat([gather.rows(view, sizes) for view in views])
-    ids, _ = global_labels(gather.rows(labels, sizes))
-    start, total = sum(sizes[: gather.rank]), len(ids)
-    position = start + torch.arange(len(first), device=first.device)
-    own = torch.cat([position, position + total])
+    ids, counts = global_labels(gather.rows(labels, sizes))
+    parts = ids.split(sizes)
+    start, total, own = sum(sizes[: gather.rank]), len(ids), parts[gather.rank]
 
-    logits = local @ everyone.t() / temperature  # (2b, 2B)
-    logits = logits.scatter(1, own[:, None], float("-inf"))
-    normaliser = logits.logsumexp(1)
-    same = ids.repeat(2)[None, :] == ids.repeat(2)[own][:, None]
-    same.scatter_(1, own[:, None], False)
-    positives = same.sum(1)
-    anchor = normaliser - logits.masked_fill(~same, 0).sum(1) / positives
-    loss = anchor.sum() * gather.world_size / (2 * total)
-    return loss, anchor.detach().view(2, -1).mean(0), positives[: len(first)]
+    # Both views of a rank as rows and as columns of one block, in which no view meets itself.
+    views = torch.cat([first, second])
+    block = Block(views, views, gather, walk, paired=True)
+    views = views.to(block.x.dtype)
+    itself = 2 * start + torch.arange(len(views), device=views.device)
+    classes = Classes(block, torch.cat([part.repeat(2) for part in parts]), 2 * counts)
+    scale = views.new_full((), 1 / temperature)
+    normaliser, _, mean = block.normalisers(scale, (itself, itself), classes)
+    # The mean over all views of a label, itself among them, made the mean over the others.
+    members, positives = 2 * counts[own].repeat(2), 2 * counts[own] - 1
+    positive = (members * mean - scale * views.square().sum(1)) / positives.repeat(2)
+    anchor = normaliser - positive
+    loss = gather.total(anchor.sum()) / max(2 * total, 1)
+    return loss, anchor.detach().view(2, len(first)).mean(0), positives
 
 
 @dataclass
 class Config:
-    """temperature: 0.1 in SupContrast's recipes. projection: width of the head's output."""
+    """temperature: 0.1 in SupContrast's recipes. projection: width of the head's output.
+
+    keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB.
+    """
 
     temperature: float = 0.1
     projection: int = 128
+    keep_mib: int = 64
 
 
 class Method(Base):
@@ -89,7 +101,7 @@ class Method(Base):
         return {"first": views[0], "second": views[1]}
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        loss, sample_loss, positives = supcon_loss(
-            features["first"], features["second"], labels, self.cfg.temperature, gather
-        )
+        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
+        first, second, temperature = features["first"], features["second"], self.cfg.temperature
+        loss, sample_loss, positives = supcon_loss(first, second, labels, temperature, gather, walk)
         return {"contrastive_loss": loss, "sample_loss": sample_loss, "positives": positives}

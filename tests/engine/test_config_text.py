@@ -42,7 +42,7 @@ AS_TYPED = [
     ("model.text.tokenizer=007", "007"),
     ("model.image.kwargs.checkpoint_path=/d/a #1/x.pth", "/d/a #1/x.pth"),
     ("model.image.kwargs.stem_width=24", 24),
-    ("loss.products=float32", "float32"),
+    ("loss={name: align, directions: mean}", {"name": "align", "directions": "mean"}),
     ("seed=7", 7),
 ]
 
@@ -69,9 +69,9 @@ def test_a_typed_text_keeps_its_characters(override, value, tmp_path):
         ("name=a\x1b[31m", "control characters"),
         ("loss.name=007", "loss.name='007' is unknown"),
         ("model.text.pooling=1e3", "got '1e3'"),
-        ("loss={products: 1e3}", "loss.products is a text, and YAML reads 1e3 as 1000.0"),
+        ("loss={name: align, directions: 1e3}", "loss.directions is a text, and YAML reads 1e3"),
         ("model.text={tokenizer: 007}", "model.text.tokenizer is a text"),
-        ("loss.products=1e3", "loss.products='1e3' is not one of"),
+        ("loss={name: align, directions: '1e3'}", "loss.directions='1e3' is not one of"),
         ("log.report_to=[wandb #1]", "'wandb #1' is not one of"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_text_of_a_file(line, key, value, tmp_path):
         ("name: 12:30", "12:30 as 750"),
         ("name: on", "on as True"),
         ("model: {text: {tokenizer: 1e3}}", "model.text.tokenizer is a text"),
-        ("loss: {products: 0x10}", "loss.products is a text"),
+        ("loss: {name: align, directions: 0x10}", "loss.directions is a text"),
         ("data: {image_text: [007]}", "data.image_text is a text"),
     ],
 )

@@ -1,6 +1,8 @@
 """What every rank computes for the tests of this folder: one set of processes per world size."""
 
 import functools
+import math
+import random
 
 import numpy as np
 import torch
@@ -8,7 +10,8 @@ from torch.nn import functional as F
 
 import losses
 from benchmarks import loss_ranks
-from losses._core import contrast
+from losses._block import Walk
+from losses._core import contrast, normalisers, sigmoid_sum
 from losses._gather import Gather
 from tests import multiprocess
 
@@ -23,6 +26,7 @@ SHARES = {
     4: [[10, 10, 10, 10], [3, 17, 9, 11], [0, 0, 15, 25], [0, 22, 0, 18]],
 }
 SCALES = [1.0, 14.3, 100.0, 400.0]
+WIDE_SEEDS = range(24)
 KINDS = ["mixed", "one_class", "distinct", "captions", "groups"]
 
 
@@ -41,6 +45,7 @@ def everything(rank, world_size):
             core(rank, case_batch(kind, scale, sum(share)), share, *options)
             for kind, scale, share, *options in cases(world_size)
         ],
+        "wide": [wide(rank, wide_case(seed, world_size)) for seed in WIDE_SEEDS],
         "received": received(rank),
     }
     if world_size == 2:
@@ -54,21 +59,27 @@ def make_batch():
     return image, text, second, torch.tensor(LABELS)
 
 
-def gradients_of(name, rows, keep_mib=64):
-    """Loss and gradients of method `name` on the given rows of the batch."""
-    image, text, second, labels = make_batch()
-    method = losses.build(name, {"keep_mib": keep_mib} if name in ("unicl", "clip") else {}, DIMS)
+def leaves_of(rows):
+    """Everything that methods take of the given rows of the batch, as leaves."""
+    image, text, second, _ = make_batch()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
-    leaves = {key: value.clone().requires_grad_() for key, value in leaves.items()}
-    out = method(leaves, labels[rows], Gather())
+    return {key: value.clone().requires_grad_() for key, value in leaves.items()}
+
+
+def gradients_of(name, rows, keep_mib=64):
+    """Loss and gradients of method `name` on the given rows of the batch."""
+    leaves, labels = leaves_of(rows), make_batch()[-1]
+    method = losses.build(name, {} if name == "cross_entropy" else {"keep_mib": keep_mib}, DIMS)
+    out = method.double()(leaves, labels[rows], Gather())
     loss = sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
+    leaves |= {f"parameter {key}": value for key, value in method.named_parameters()}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     named = dict(zip(leaves, grads, strict=True))
-    return {"loss": loss, **{k: v for k, v in named.items() if v is not None}}
+    return {"loss": loss.detach(), **{k: v for k, v in named.items() if v is not None}}
 
 
 def cases(world_size):
@@ -109,6 +120,58 @@ def core(rank, batch, share, tile, keep):
         "sample_loss": out.sample_loss,
         "positives": out.positives,
         **named,
+    }
+
+
+def wide_case(seed, world_size):
+    """Rows and columns in different numbers, ids of what is excluded, any gradients, and the share
+    of each rank; the seed decides everything. All float64."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shares = [[rng.randint(0, 7) for _ in range(world_size)] for _ in range(2)]
+    if seed % 4 == 0:  # the last rank has no row, or no column
+        shares[seed % 8 == 0][-1] = 0
+    width, counts = rng.choice([1, 3, 8]), [sum(share) for share in shares]
+    case = {"shares": shares, "tile": (rng.randint(1, 9), rng.randint(1, 9))}
+    case["keep"], case["excluding"] = rng.choice([0, 100, 10**6]), seed % 3 > 0
+    for side, count in zip(("rows", "columns"), counts, strict=True):
+        case[side] = F.normalize(torch.randn(count, width).double(), dim=1)
+        case[f"{side} ids"] = torch.randint(-2, rng.choice([1, 3, 30]), (count,))
+        case[f"{side} gradient"] = torch.randn(count).double()
+    if seed % 5 in (1, 2):  # a row, or a column, with id 0 has nothing left
+        case[("columns ids", "rows ids")[seed % 5 - 1]][:] = 0
+    case["scale"] = torch.tensor([rng.choice([1.0, 14.3, 100.0, 400.0])]).double()
+    case["bias"] = torch.tensor([rng.choice([-10.0, 0.0, 5.0])]).double()
+    return case
+
+
+def wide(rank, case):
+    """Normalisers and sigmoid sum of this rank's share, and gradients to everything."""
+    own = {
+        side: slice(sum(share[:rank]), sum(share[: rank + 1]))
+        for side, share in zip(("rows", "columns"), case["shares"], strict=True)
+    }
+    rows, columns, scale, bias = leaves = [
+        case[key][own.get(key, slice(None))].clone().requires_grad_()
+        for key in ("rows", "columns", "scale", "bias")
+    ]
+    world_size = len(case["shares"][0])
+    ids = tuple(case[f"{side} ids"][own[side]] for side in own) if case["excluding"] else None
+    walk = Walk(case["keep"], case["tile"])
+    lse = normalisers(rows, columns, scale, Gather(), ids, walk)
+    upstream = [
+        # What a loss makes of a normaliser of nothing may be anything.
+        (case[f"{side} gradient"][own[side]] * world_size).masked_fill(found == -math.inf, math.nan)
+        for side, found in zip(own, lse, strict=True)
+    ]
+    of_lse = torch.autograd.grad(lse, leaves[:3], upstream)
+    total = sigmoid_sum(rows, columns, scale, bias, Gather(), walk)
+    of_total = torch.autograd.grad(0.7 * total, leaves)
+    return {
+        "lse": [value.detach() for value in lse],
+        "total": total.detach(),
+        "of_lse": of_lse,
+        "of_total": of_total,
     }
 
 

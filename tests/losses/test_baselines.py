@@ -1,4 +1,4 @@
-"""CLIP, cross-entropy, SupCon and multi-task against formulas of their own."""
+"""CLIP, ALIGN, SigLIP, cross-entropy, SupCon and multi-task against formulas of their own."""
 
 import pytest
 import torch
@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 import losses
 from losses._gather import Gather
+from losses.align import align_loss
+from losses.siglip import siglip_loss
 from losses.supcon import supcon_loss
 from tests.losses import dense
 
@@ -26,6 +28,25 @@ SECOND = torch.tensor([[0.8, -0.6], [0, 1]], dtype=torch.float64)
 def test_supcon_worked_values(labels, temperature, expected):
     loss, *_ = supcon_loss(FIRST, SECOND, torch.tensor(labels), temperature, Gather())
     assert abs(loss.item() - expected) < 1e-10
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1, 0.01])
+def test_supcon_without_labels_is_nt_xent(temperature):
+    """SimCLR: cross-entropy over 2B - 1 candidates, of which the other view is the truth."""
+    torch.manual_seed(5)
+    views = [F.normalize(torch.randn(11, 5).double(), dim=1).requires_grad_() for _ in range(2)]
+    for labels in (torch.full((11,), -1), torch.randperm(11)):
+        z = torch.cat(views)
+        logits = (z @ z.T / temperature).masked_fill(torch.eye(22, dtype=torch.bool), -torch.inf)
+        expected = F.cross_entropy(logits, (torch.arange(22) + 11) % 22)
+        loss, *_ = supcon_loss(*views, labels, temperature, Gather())
+        torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-11)
+        gradients = torch.autograd.grad(loss, views)
+        expected = torch.autograd.grad(expected, views)
+        torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-11)
+    if temperature == 0.5:
+        loss, *_ = supcon_loss(FIRST, SECOND, torch.tensor([-1, -1]), temperature, Gather())
+        assert abs(loss.item() - 0.430190277137) < 1e-10
 
 
 def test_supcon_equals_loops_over_anchors():
@@ -67,6 +88,109 @@ def test_multitask_is_the_sum_of_its_parts():
     clip = (F.cross_entropy(similarity, truth) + F.cross_entropy(similarity.T, truth)) / 2
     assert torch.allclose(out["classification_loss"], F.cross_entropy(logits[label], labels[label]))
     assert torch.allclose(out["contrastive_loss"], clip, atol=1e-11)
+    assert torch.allclose(out["sample_loss"][pair].double().mean(), clip)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 2], [-1, -2, -2, -1]])
+def test_multitask_with_one_kind_alone(labels):
+    torch.manual_seed(1)
+    image, text = (F.normalize(torch.randn(4, 6), dim=1).requires_grad_() for _ in range(2))
+    features = {"image": image, "text": text, "logits": torch.zeros(4, 5, requires_grad=True)}
+    features["scale"] = torch.full((4,), 100.0, requires_grad=True)
+    out = losses.build("multitask", {}, DIMS)(features, torch.tensor(labels), Gather())
+    loss = out["contrastive_loss"] + out["classification_loss"]
+    gradients = torch.autograd.grad(loss, list(features.values()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (out["contrastive_loss"] == 0) == (labels[0] >= 0)
+    assert (gradients[0].abs().sum() == 0) == (labels[0] >= 0)
+
+
+# Two pairs of which image-to-text differs from text-to-image; computed independently.
+TEXT = torch.tensor([[0.8, 0.6], [0.28, 0.96]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("scale", "total", "mean"),
+    [
+        (1.0, 1.207868749112, 0.603934374556),
+        (10.0, 1.553573497857, 0.776786748928),
+        (64.0, 7.572688791376, 3.786344395688),
+    ],
+)
+def test_align_worked_values(scale, total, mean):
+    features = {"image": FIRST, "text": TEXT, "scale": torch.full((2,), scale).double()}
+    for options, expected in (({}, total), ({"directions": "mean"}, mean)):
+        out = losses.build("align", options)(features, torch.tensor([0, 0]), Gather())
+        assert abs(out["contrastive_loss"].item() - expected) < 1e-11
+        assert abs(out["sample_loss"].mean().item() - expected) < 1e-11
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_align_equals_smoothed_cross_entropy(smoothing):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        size = 1 + seed
+        leaves = [F.normalize(torch.randn(size, 4).double(), dim=1) for _ in range(2)]
+        leaves.append(torch.tensor([1.0, 14.3, 100.0, 400.0][seed % 4]).double())
+        x, y, scale = (leaf.requires_grad_() for leaf in leaves)
+        truth, logits = torch.arange(size), scale * x @ y.T
+        sides = [F.cross_entropy(s, truth, label_smoothing=smoothing) for s in (logits, logits.T)]
+        loss, sample_loss = align_loss(x, y, scale, smoothing, Gather())
+        pairs = [(loss, sum(sides) / 2)]
+        pairs += zip(*(torch.autograd.grad(value, leaves) for value in pairs[0]), strict=True)
+        for actual, expected in pairs:
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(sample_loss.mean(), loss.detach())
+        if smoothing == 0:
+            clip = dense.unicl(x, y, torch.full((size,), -1), scale)
+            torch.testing.assert_close(loss, clip, rtol=1e-11, atol=1e-11)
+
+
+def siglip(image, text, labels, scale, bias):
+    """The loss of SigLIP's paper pair by pair; equal labels are positives."""
+    total = 0.0
+    for i in range(len(image)):
+        for j in range(len(text)):
+            positive = i == j or (labels[i] != -1 and labels[i] == labels[j])
+            logit = (scale * torch.dot(image[i], text[j]) + bias) * (1 if positive else -1)
+            total = total - F.logsigmoid(logit)
+    return total.sum() / len(image)
+
+
+@pytest.mark.parametrize("captions", [True, False])
+def test_siglip_equals_the_sum_over_pairs(captions):
+    for seed in range(25):
+        torch.manual_seed(seed)
+        size = 1 + seed % 12
+        image, text = (F.normalize(torch.randn(size, 4).double(), dim=1) for _ in range(2))
+        labels = torch.tensor([-1] * 4 if captions else [-1, 0, 1, -2])
+        labels = labels[torch.randint(4, (size,))]
+        scale = torch.tensor([[1.0], [10.0], [100.0], [400.0]][seed % 4]).double()
+        bias = torch.tensor([[-10.0], [-2.71], [3.0]][seed % 3]).double()
+        leaves = [leaf.requires_grad_() for leaf in (image, text, scale, bias)]
+        values = (
+            siglip_loss(image, text, labels, scale, bias, Gather()),
+            siglip(image, text, labels, scale, bias),
+        )
+        gradients = (torch.autograd.grad(value, leaves) for value in values)
+        for actual, expected in (values, *zip(*gradients, strict=True)):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=str(seed))
+
+
+def test_siglip_starts_at_its_bias_and_learns_it():
+    method = losses.build("siglip", {"bias_init": -2.5}, DIMS)
+    assert losses.build("siglip", {}, DIMS).bias.item() == -10
+    assert method.bias.tolist() == [-2.5]
+    features = {"image": FIRST, "text": TEXT, "scale": torch.full((2,), 3.0).double()}
+    method(features, torch.tensor([-1, -1]), Gather())["contrastive_loss"].backward()
+    assert method.bias.grad.abs() > 0
+
+
+def test_options_of_align_are_checked():
+    with pytest.raises(ValueError, match=r"directions='both' is not one of sum, mean"):
+        losses.build("align", {"directions": "both"})
+    with pytest.raises(ValueError, match=r"smoothing=1 is not in \[0, 1\)"):
+        losses.build("align", {"smoothing": 1})
 
 
 def test_clip_ignores_labels():
