@@ -169,12 +169,15 @@ class KernelTiles:
 
     def _gradients(self, weigh: Callable[["_Slab", Tensor], None]) -> tuple[Tensor, Tensor]:
         """G y and G^T x; `weigh` writes G of a slab into its second argument."""
-        grad_x = torch.zeros_like(self.x, dtype=torch.float32)
-        grad_y = torch.zeros_like(self.y, dtype=torch.float32)
+        grad_x, grad_y = (torch.zeros_like(t, dtype=torch.float32) for t in (self.x, self.y))
         for slab in self._slabs(scratch=True):
             weigh(slab, slab.scratch)
-            _add_product(grad_x[slab.rows], slab.scratch, self.y[slab.columns])
-            _add_product(grad_y[slab.columns], slab.scratch.t(), self.x[slab.rows])
+            of_x = _product(slab.scratch, self.y[slab.columns])
+            of_y = _product(slab.scratch.t(), self.x[slab.rows])
+            if slab.n == len(self.x) and slab.m == len(self.y):
+                return of_x, of_y
+            grad_x[slab.rows] += of_x
+            grad_y[slab.columns] += of_y
         return grad_x, grad_y
 
     def _slabs(self, scratch: bool) -> Iterator["_Slab"]:
@@ -253,14 +256,11 @@ def _combine(parts: Tensor, totals: Tensor) -> None:
         kernels.combine[grid](parts, totals, *parts.shape, PARTS=32, BLOCK=128, num_warps=4)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in float32; a CPU has no such product of bfloat16, so inputs are widened."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32; a CPU has no such product of bfloat16, so its inputs are widened."""
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        total.addmm_(a.float(), b.float())
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def _tf32_is_allowed() -> bool:

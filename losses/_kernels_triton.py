@@ -2,9 +2,11 @@
 
 Every kernel takes the products x y^T of a tile from `_products`: rows and columns behind the last
 are the last one again, so that loads need no mask and no number appears that is not a real
-product; what they would add is masked out behind that. Offsets into x, y and scratch are 64 bits
-wide. No kernel adds to memory atomically: every word is written by one program, so the result is
-the same to the last bit in every run.
+product; what they would add is masked out behind that. Offsets are 64 bits wide, except within the
+scratch of G, which has fewer than 2^31 elements. No kernel adds to memory atomically: every word is
+written by one program, so the result is the same to the last bit in every run.
+
+Numbers of rows and columns are not compiled in, so that another batch size needs no compilation.
 
 Letters: n rows and m columns of the slab at hand, D embedding size; BLOCK_N, BLOCK_M, BLOCK_D the
 rows, columns and features that one step takes.
@@ -95,7 +97,7 @@ def _sums(products, kept, scale, SPREAD: tl.constexpr):
     return row_shifts, row_sums, column_shifts, column_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "walk"])
 def logsumexps(
     x,
     y,
@@ -146,7 +148,7 @@ def logsumexps(
     tl.store(row_parts + group.to(tl.int64) * n + rows, row_shifts + tl.log(row_sums), rows < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "length"])
 def combine(parts, totals, count, length, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """totals (length,) = logsumexp of itself and of parts (count, length), over the parts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -188,7 +190,7 @@ def _softmax_weights(logits, row_lse, column_lse, row_weights, column_weights, S
     return weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def pair_weights(
     x,
     y,
@@ -250,7 +252,7 @@ def pair_weights(
     tl.store(out_at, weights.to(weights_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def softplus_sums(
     x,
     y,

@@ -116,6 +116,17 @@ def test_a_row_without_pairs_in_a_block_keeps_those_far_below(found):
     assert found["far_below"]["error"] < 1e-5
 
 
+def test_slabs_cover_a_million_rows_within_the_scratch():
+    x = torch.empty((2**20, 1024), dtype=torch.bfloat16, device="meta")
+    tiles = _kernels.KernelTiles(x, x[: 2**20 - 3], torch.empty((), device="meta"))
+    slabs = list(tiles._slabs(scratch=True))
+    assert sum(slab.n * slab.m for slab in slabs) == len(tiles.x) * len(tiles.y)
+    assert len({(slab.rows.start, slab.columns.start) for slab in slabs}) == len(slabs)
+    assert all(slab.scratch.untyped_storage().nbytes() <= _kernels.SCRATCH for slab in slabs)
+    # What the forward pass keeps for the columns, see the module.
+    assert max(4 * slab.row_blocks * slab.m for slab in tiles._slabs(False)) <= 256 * 2**20
+
+
 # What runs in the process with the interpreter.
 
 

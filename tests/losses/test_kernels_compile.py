@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled for a GPU, which needs none: they are accepted, and what they take."""
+"""The Triton kernels, compiled for a GPU: that they are accepted, and what they take."""
 
 import itertools
 import re
@@ -40,7 +40,7 @@ class Compiler:
                 signature[name], constants[(place,)] = "constexpr", value
             else:
                 signature[name] = TYPES[value.dtype] if torch.is_tensor(value) else "i32"
-                if torch.is_tensor(value) or value % 16 == 0:
+                if torch.is_tensor(value) or (name in MULTIPLES and value % 16 == 0):
                     attributes[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -48,6 +48,7 @@ class Compiler:
         self.shared, self.stack = compiled.metadata.shared, stack_bytes(compiled.asm["cubin"])
 
 
+MULTIPLES = "D", "stride"  # of these multiples of 16 are compiled in
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
