@@ -176,8 +176,8 @@ class KernelTiles:
             of_y = _product(slab.scratch.t(), self.x[slab.rows])
             if slab.n == len(self.x) and slab.m == len(self.y):
                 return of_x, of_y
-            grad_x[slab.rows] += of_x
-            grad_y[slab.columns] += of_y
+            grad_x[slab.rows].add_(of_x)
+            grad_y[slab.columns].add_(of_y)
         return grad_x, grad_y
 
     def _slabs(self, scratch: bool) -> Iterator["_Slab"]:

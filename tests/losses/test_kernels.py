@@ -127,6 +127,13 @@ def test_slabs_cover_a_million_rows_within_the_scratch():
     assert max(4 * slab.row_blocks * slab.m for slab in tiles._slabs(False)) <= 256 * 2**20
 
 
+def test_types_that_no_kernel_takes_are_refused():
+    x, half = torch.ones(2, 3), torch.ones(2, 3).half()
+    for pair in ((x.double(), x.double()), (half, half), (x, x.bfloat16())):
+        with pytest.raises(TypeError, match="bfloat16 or float32"):
+            _kernels.KernelTiles(*pair, torch.ones(()))
+
+
 # What runs in the process with the interpreter.
 
 
