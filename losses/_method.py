@@ -32,6 +32,8 @@ class Method(nn.Module):
             of `batch["image"][:, v]` and `batch["text"][:, t]`.
         mixes: True when `loss` blends its targets by `features["mix"]` (`losses._mixing`). Not
             inherited: a method that changes another's `encode` or `loss` says it itself.
+        texts_differ: True when the text views are texts of different kinds, so that `data.caption`
+            must give each a source of its own.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
         teacher: True when the method learns from an average of its own weights (`targets`).
@@ -43,6 +45,7 @@ class Method(nn.Module):
     Config: ClassVar[type] = NoOptions
     images: ClassVar[tuple[str, ...]] = ("image",)
     texts: ClassVar[tuple[str, ...]] = ("text",)
+    texts_differ: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from engine import build, config
 from loaders.errors import ConfigError
@@ -128,6 +129,8 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         count = len(config.specs(cfg.data[side], side))
         names = ", ".join(f"data/quickstart/{name}" for name in sets[:count])
         changes += [f"data.{side}=[{names}]"] if count else []
+    if OmegaConf.is_dict(cfg.data.caption):  # the shipped data have captions and no annotations
+        changes += [f"data.caption.{view}.from=txt" for view in cfg.data.caption]
     plan = build.plan(config.load(path, changes), world_size=2)
     assert plan.steps == 2
     assert "parameters: image tower" in build.describe_parts(plan)
