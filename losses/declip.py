@@ -181,15 +181,13 @@ class Method(Base):
         projections = [self.projector(view, gather) for view in views]
         predictions = [self.predictor(projection, gather) for projection in projections]
         masked = gather.sum_(features["masked_count"].detach().sum()).clamp(min=1)
-        neighbours = [self.queue.nearest(text) for text in texts]
-        found = self.queue.written > 0
+        nearest = [self.queue.nearest(text) for text in texts]
+        near = neighbour_loss(images, nearest, scale, gather, walk)
         terms = {  # of each sample; the mean over the global batch is the term
             "contrastive_loss": sum(w * x for w, x in zip(cfg.shares(), pairings, strict=True)),
             "simsiam_loss": cfg.self_supervision * simsiam(predictions, projections),
             "masked_loss": cfg.self_supervision * features["masked_sum"] * (count / masked),
-            "neighbour_loss": cfg.neighbours
-            * found
-            * neighbour_loss(images, neighbours, scale, gather, walk),
+            "neighbour_loss": cfg.neighbours * near.masked_fill(self.queue.written == 0, 0),
         }
         # Text by text: the order must not depend on the number of ranks.
         rows = [gather.rows(text.detach(), sizes) for text in reversed(texts)]
