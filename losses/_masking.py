@@ -1,8 +1,8 @@
 """Masked tokens of texts, and the cross-entropy of guessing them (BERT, arXiv 1810.04805, 3.1).
 
 Each token between the first one and the end is chosen with probability MASKED by itself. Of the
-chosen ones 80 % give way to the mask, 10 % to another token, 10 % stay; the model is to say what was
-there. What is drawn is a function of the sample's seed and of the position in the text.
+chosen ones 80 % give way to the mask, 10 % to another token, and 10 % stay; the model has to say
+what was there. What is drawn is a function of the sample's seed and of the position in the text.
 
 The ids are those of CLIP's tokenizer: CLIP_IDS of them, the start and the end last, and the first
 one behind them is the mask. Another token is one of those before the start, so that the first end
@@ -47,7 +47,7 @@ def mask_tokens(ids: Tensor, text: Tensor, seed: Tensor) -> tuple[Tensor, Tensor
 def guessed(head: nn.Module, states: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the chosen tokens, for which alone the vocabulary is computed.
 
-    How many are chosen is not known without waiting for the device, so there are `room` rows, of
+    How many are chosen a GPU does not tell without being waited for. There are `room` rows then, of
     which the last ones do not count. Were more chosen, those beyond would be left out.
 
     Args:
@@ -61,15 +61,21 @@ def guessed(head: nn.Module, states: Tensor, ids: Tensor, chosen: Tensor) -> tup
     rows, length = states.shape[:2]
     ids, chosen = (value[:, :length].flatten() for value in (ids, chosen))
     first = chosen.to(torch.uint8).argsort(descending=True, stable=True)
-    first = first[: room(rows * max(length - 2, 0))]
+    first = first[: computed(chosen, rows * max(length - 2, 0))]
     logits = head(states.flatten(0, 1).index_select(0, first))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = F.cross_entropy(logits, ids[first], reduction="none")
     counts = chosen[first].to(each.dtype)
     # By place and then along the text: sums whose order the device does not choose.
-    spread = each.new_zeros(len(ids), 2).index_copy(0, first, torch.stack([each * counts, counts], 1))
-    sums, counts = spread.view(rows, length, 2).sum(1).unbind(1)
+    both = torch.stack([each * counts, counts], 1)
+    both = both.new_zeros(len(ids), 2).index_copy(0, first, both)
+    sums, counts = both.view(rows, length, 2).sum(1).unbind(1)
     return sums, counts.detach()
+
+
+def computed(chosen: Tensor, tokens: int) -> int:
+    """How many rows the vocabulary is computed for; a CPU can count what is chosen of `tokens`."""
+    return int(chosen.sum()) if chosen.device.type == "cpu" else room(tokens)
 
 
 def room(tokens: int) -> int:

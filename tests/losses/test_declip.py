@@ -13,6 +13,7 @@ import losses
 from losses._block import Walk
 from losses._gather import Gather
 from losses.declip import pairing, simsiam
+from models.config import ModelConfig
 from tests.losses import dense, virtual
 
 DIMS = {"embed_dim": 6, "image_width": 6, "text_width": 6, "num_classes": 5, "vocab_size": 11}
@@ -101,9 +102,7 @@ def expected(method, features, bank, weights):
     images = [F.normalize(features[name], dim=1) for name in VIEWS]
     texts = [features[name] for name in TEXTS]
     pairs = [(image, text) for image in images for text in texts]
-    contrastive = sum(
-        w * clip(*pair, scale)[0] for w, pair in zip(weights[:4], pairs, strict=True)
-    )
+    contrastive = sum(w * clip(*pair, scale)[0] for w, pair in zip(weights[:4], pairs, strict=True))
     nearest = [bank[(text.detach() @ bank.T).argmax(1)] for text in texts]
     neighbours = [clip(image, near, scale)[1] for image in images for near in nearest]
     projector, predictor = plain_head(method.projector), plain_head(method.predictor)
@@ -307,6 +306,21 @@ def test_weights():
         build(weighting="both")
     with pytest.raises(ValueError, match=r"multi_view=0\.3.*weighting=paper"):
         build(multi_view=0.3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"vocab_size": 49408},
+        {"vocab_size": 50000, "tokenizer": "bert-base-uncased"},
+        {"vocab_size": 50000, "name": "hf", "hf_config": {"model_type": "bert"}},
+    ],
+)
+def test_a_model_without_an_id_for_the_mask_is_refused(text):
+    method = losses.find("declip")
+    with pytest.raises(ValueError, match=r"model\.text\.vocab_size=49409 with model\.text\.name="):
+        method.check_model(ModelConfig.from_dict({"text": text}))
+    method.check_model(ModelConfig.from_dict({"text": {"vocab_size": 49409}}))
 
 
 def test_dense_reference_agrees_with_that_of_the_other_methods():

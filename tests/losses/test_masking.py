@@ -1,4 +1,4 @@
-"""Masked tokens: the law of what is hidden, where texts end, and the cross-entropy of the guesses."""
+"""Masked tokens: the law of what is hidden, where texts end, the cross-entropy of the guesses."""
 
 import math
 
@@ -8,11 +8,11 @@ from scipy.stats import binom
 from torch import nn
 from torch.nn import functional as F
 
+from loaders.tokenizers import build as tokenizer
 from losses import _masking
 from losses._gather import Gather
 from losses._masking import guessed, mask_tokens, room
 from losses._random import uniform
-from loaders.tokenizers import build as tokenizer
 from models.text_transformer import end_positions
 from tests.engine import family, tiny
 from tests.losses.test_no_waiting import NoOperatorWaits, NoTensorIsRead
@@ -117,20 +117,28 @@ def dense_guesses(head, states, ids, chosen):
     return torch.stack(sums), torch.tensor(counts, dtype=states.dtype)
 
 
+def as_on_a_gpu(monkeypatch):
+    """Let a CPU not count the chosen tokens."""
+    monkeypatch.setattr(_masking, "computed", lambda chosen, tokens: room(tokens))
+
+
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize(("rows", "length", "share"), [(3, 7, 0.3), (50, 30, 0.15), (4, 9, 0)])
-def test_guesses_equal_loops_in_float64(rows, length, share):
+def test_guesses_equal_loops_in_float64(rows, length, share, counted, monkeypatch):
+    if not counted:
+        as_on_a_gpu(monkeypatch)
     torch.manual_seed(rows)
     head, states = nn.Linear(5, 11).double(), torch.randn(rows, length, 5).double()
     ids = torch.randint(0, 11, (rows, length + 2))
     chosen = F.pad(torch.rand(rows, length - 2) < share, (1, 3))
-    if rows == 50:  # more tokens than there are rows for
+    if rows == 50:  # more tokens than a GPU has rows for
         assert chosen.sum() < room(rows * (length - 2)) < rows * (length - 2)
     copies = [states.clone().requires_grad_() for _ in range(2)]
     weights, found = torch.rand(rows).double(), []
     for function, copy in zip((guessed, dense_guesses), copies, strict=True):
         sums, counts = function(head, copy, ids, chosen)
-        leaves = [copy, *head.parameters()]
-        found.append([sums, counts, *torch.autograd.grad((weights * sums).sum(), leaves, allow_unused=True)])
+        total, leaves = (weights * sums).sum(), [copy, *head.parameters()]
+        found.append([sums, counts, *torch.autograd.grad(total, leaves, allow_unused=True)])
     for ours, theirs in zip(*found, strict=True):
         expected = torch.zeros_like(ours) if theirs is None else theirs
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -154,14 +162,24 @@ def test_there_is_room_for_all_but_hopeless_odds():
 
 
 def test_what_has_no_room_is_left_out_of_sum_and_number(monkeypatch):
-    monkeypatch.setattr(_masking, "room", lambda tokens: 3)
+    monkeypatch.setattr(_masking, "computed", lambda chosen, tokens: 3)
     chosen = torch.tensor([[False, True, True, False], [False, True, True, False]])
     sums, counts = guessed(nn.Linear(2, 9), torch.zeros(2, 4, 2), torch.ones(2, 4).long(), chosen)
     assert counts.tolist() == [2, 1]
     torch.testing.assert_close(sums[0], 2 * sums[1])
 
 
-def test_nothing_waits_for_the_device():
+def test_a_cpu_computes_no_more_than_what_is_chosen():
+    rows, head = [], nn.Linear(2, 9)
+    head.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    ids, text = texts(30, 20)
+    _, chosen = mask_tokens(ids, text, seeds(30))
+    guessed(head, torch.zeros(30, 20, 2), ids % 9, chosen)
+    assert rows == [chosen.sum().item()]
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    as_on_a_gpu(monkeypatch)
     ids, text = texts(60, 20)
     head, states = nn.Linear(4, 9), torch.randn(60, 20, 4, requires_grad=True)
     with NoOperatorWaits(), NoTensorIsRead():
