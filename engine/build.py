@@ -46,6 +46,7 @@ class Plan:
     rates: dict[str, float]
     deepspeed: dict[str, Any]
     method: type[Method]
+    notes: tuple[str, ...] = ()  # what was decided and not asked for
 
     @property
     def mixes(self) -> bool:
@@ -100,6 +101,9 @@ class Plan:
             f"  DeepSpeed ZeRO-{deepspeed_engine.stage(self.deepspeed)}, "
             f"{str(deepspeed_engine.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
+        lines += [f"  {note}" for note in self.notes]
+        if self.cfg.train.compile:
+            lines.append(f"  {compilation.announcement()}")
         if self.warmup > self.steps:
             lines.append(
                 f"  warning: the warm-up of {self.warmup} steps is longer than the run of "
@@ -121,9 +125,9 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         ConfigError: contradictions in the configuration or the DeepSpeed file.
         DataError: data that is missing, broken, or too little for one batch.
     """
-    deepspeed = deepspeed_engine.resolve(
-        deepspeed_engine.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed
-    )
+    file = deepspeed_engine.read_json(cfg.deepspeed)
+    deepspeed = deepspeed_engine.resolve(file, cfg, world_size, cfg.deepspeed)
+    notes = [f"{cfg.deepspeed}: {n}" for n in deepspeed_engine.additions(file, deepspeed)]
     method = losses.find(cfg.loss.get("name", "unicl"))
     micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
     if cfg.data.augmentation == choices.MIXED and micro_batch % 2:
@@ -154,6 +158,7 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         rates=config.learning_rates(cfg),
         deepspeed=deepspeed,
         method=method,
+        notes=tuple(notes),
     )
 
 
@@ -189,6 +194,8 @@ def dataset(plan: Plan) -> TripletDataset:
 def engine(plan: Plan, device: torch.device):
     """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
     cfg = plan.cfg
+    # cuDNN's attention plans for each new shape, longer than a step takes; the others do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(cfg.seed)
     model = models.build(model_config(cfg))
     if cfg.train.grad_checkpointing:
@@ -197,7 +204,7 @@ def engine(plan: Plan, device: torch.device):
         compilation.compile_towers(model, deepspeed_engine.stage(plan.deepspeed), device)
     method = build_method(plan, model)
     method.precision = deepspeed_engine.precision(plan.deepspeed)
-    optimizer = optim.build(model, method, cfg.optim)
+    optimizer = optim.build(model, method, cfg.optim, fused=device.type == "cuda")
     module = deepspeed_engine.TrainModule(model, method).to(device).train()
     return deepspeed_engine.initialise(module, optimizer, plan.deepspeed, device)
 
