@@ -73,7 +73,7 @@ def neighbour_loss(
     for text in neighbours:
         over_texts, _ = normalisers(rows, text, scale, gather, walk=walk)
         matches = (rows * text.repeat(len(images), 1)).sum(1)
-        found.append((over_texts - scale * matches).view(len(images), -1).mean(0))
+        found.append((over_texts - scale * matches).view(len(images), len(text)).mean(0))
     return torch.stack(found).mean(0)
 
 
@@ -170,7 +170,7 @@ class Method(Base):
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         cfg, sizes = self.cfg, gather.sizes(len(labels), labels.device)
-        count = sum(sizes)
+        count = max(sum(sizes), 1)
         views = [features[name] for name in self.images]
         images = [F.normalize(view, dim=1) for view in views]
         texts = [features[name] for name in self.texts]
@@ -192,7 +192,8 @@ class Method(Base):
         # Text by text: the order must not depend on the number of ranks.
         rows = [gather.rows(text.detach(), sizes) for text in reversed(texts)]
         self.queue.keep(torch.cat(rows))
-        out = {name: each.sum() * gather.world_size / count for name, each in terms.items()}
+        means = gather.total(torch.stack([each.sum() for each in terms.values()])) / count
+        out = dict(zip(terms, means, strict=True))
         return {**out, "sample_loss": sum(terms.values()).detach()}
 
     def step_end(self) -> None:

@@ -83,7 +83,8 @@ class Graph(torch.nn.Module):
 def test_cached_gradients_replay_drop_path(name, kept):
     """K = 3 with drop path 0.5: cached gradients equal those of one graph with the same noise."""
     cached = tiny.build(name, drop_path=0.5)
-    pieces = [tiny.cut(tiny.make_batch(0, 12), part, 3) for part in range(3)]
+    views = len(cached.method.images), len(cached.method.texts)
+    pieces = [tiny.cut(tiny.make_batch(0, 12, *views), part, 3) for part in range(3)]
     graph = saved_bytes(lambda: cached(pieces[0]), cached)
     stepper = Stepper(Graph(cached), Gather(), seed=3, graph_bytes=int((kept + 0.5) * graph))
     stepper(0, pieces)
