@@ -297,6 +297,18 @@ def test_the_queue_does_not_depend_on_the_number_of_ranks():
         assert torch.equal(rows, whole)
 
 
+def test_heads_are_the_released_ones():
+    """Sense-GVT/DeCLIP, declip.py: batch norms behind all layers of one, inside only of the other."""
+    method = losses.build("declip", {"queue": 4}, DIMS)
+    for head, widths, norms in (
+        (method.projector, [6, 1024, 1024, 1024], [True, True, True]),
+        (method.predictor, [1024, 512, 1024], [True, False]),
+    ):
+        assert [head.layers[0].in_features, *(x.out_features for x in head.layers)] == widths
+        assert [hasattr(norm, "running_mean") for norm in head.norms] == norms
+    assert method.head.weight.shape == (11, 6)
+
+
 def test_weights():
     assert losses.find("declip").Config().shares() == [0.1] * 4
     paper = losses.find("declip").Config(weighting="paper").shares()
