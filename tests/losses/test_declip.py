@@ -298,7 +298,7 @@ def test_the_queue_does_not_depend_on_the_number_of_ranks():
 
 
 def test_heads_are_the_released_ones():
-    """Sense-GVT/DeCLIP, declip.py: batch norms behind all layers of one, inside only of the other."""
+    """Sense-GVT/DeCLIP, declip.py: batch norms behind all layers of one, within the other."""
     method = losses.build("declip", {"queue": 4}, DIMS)
     for head, widths, norms in (
         (method.projector, [6, 1024, 1024, 1024], [True, True, True]),
