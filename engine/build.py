@@ -238,6 +238,7 @@ def build_method(plan: Plan, model: nn.Module) -> Method:
         "image_width": model.image_width,
         "text_width": model.text_width,
         "num_classes": plan.labels.num_classes,
+        "vocab_size": model.cfg.text.vocab_size,
     }
     return losses.build(settings.pop("name", "unicl"), settings, dims)
 

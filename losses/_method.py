@@ -56,6 +56,17 @@ class Method(nn.Module):
         super().__init__()
         self.cfg = cfg
 
+    @classmethod
+    def check_model(cls, model: Any) -> None:
+        """Refuse a model that this method cannot train, before anything is built.
+
+        Args:
+            model: a `models.config.ModelConfig`.
+
+        Raises:
+            ValueError: names the key of `model:` and what it has to be.
+        """
+
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         """Per-sample tensors of one micro-batch, each with first dimension b.
 

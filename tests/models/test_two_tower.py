@@ -64,6 +64,7 @@ def test_shapes_and_unit_length():
         assert feature.dtype == torch.float32
         torch.testing.assert_close(feature.norm(dim=-1), torch.ones(3))
     assert image["pooled"].shape == (3, model.image_width) == (3, 512)
+    assert image["projected"].equal(model.image_projection(image["pooled"]))
     assert image["tokens"].shape == (3, 1, 512)
     assert text["pooled"].shape == (3, model.text_width) == (3, 64)
     assert text["tokens"].shape == (3, int(ids.argmax(dim=1).max()) + 1, 64)
