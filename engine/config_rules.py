@@ -88,11 +88,12 @@ def check(cfg: DictConfig) -> None:
     _refuse_undecided(cfg)
     values = OmegaConf.to_container(cfg, resolve=True)
     _refuse_infinite(values)
-    ModelConfig.from_dict(values["model"])
+    model = ModelConfig.from_dict(values["model"])
     loss = dict(values["loss"])
     try:
         method = losses.find(loss.pop("name", "unicl"))
         losses.read_config(method.Config, loss, "loss")
+        method.check_model(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     _exactly_one(cfg.train, "train", ("epochs", "samples", "steps"))

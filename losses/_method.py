@@ -32,6 +32,8 @@ class Method(nn.Module):
             of `batch["image"][:, v]` and `batch["text"][:, t]`.
         mixes: True when `loss` blends its targets by `features["mix"]` (`losses._mixing`). Not
             inherited: a method that changes another's `encode` or `loss` says it itself.
+        blends_neighbours: True when `encode` blends each sample with its neighbour (position xor
+            1), so that a micro-batch must be of even size.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
         teacher: True when the method learns from an average of its own weights (`targets`).
@@ -44,6 +46,7 @@ class Method(nn.Module):
     images: ClassVar[tuple[str, ...]] = ("image",)
     texts: ClassVar[tuple[str, ...]] = ("text",)
     mixes: ClassVar[bool] = False
+    blends_neighbours: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
     teacher: ClassVar[bool] = False
@@ -52,6 +55,17 @@ class Method(nn.Module):
     def __init__(self, cfg: Any, dims: dict[str, int]):
         super().__init__()
         self.cfg = cfg
+
+    @classmethod
+    def check_model(cls, model: Any) -> None:
+        """Refuse a model that this method cannot train, before anything is built.
+
+        Args:
+            model: a `models.config.ModelConfig`.
+
+        Raises:
+            ValueError: names the key of `model:` and what it has to be.
+        """
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         """Per-sample tensors of one micro-batch, each with first dimension b.

@@ -49,6 +49,9 @@ class TransformerTower(nn.Module):
         super().__init__()
         self.width = cfg.width
         self.end_id = CLIP_END_ID if cfg.tokenizer == "clip" else None
+        last = cfg.vocab_size - 1
+        # A larger vocabulary has ids of its own behind CLIP's end (a mask). Only exports read it.
+        end = last if self.end_id is None else min(last, self.end_id)
         self.encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=cfg.vocab_size,
@@ -61,8 +64,8 @@ class TransformerTower(nn.Module):
                 layer_norm_eps=LAYER_NORM_EPS,
                 attention_dropout=0.0,
                 pad_token_id=0,
-                bos_token_id=cfg.vocab_size - 2,
-                eos_token_id=cfg.vocab_size - 1,
+                bos_token_id=end - 1,
+                eos_token_id=end,
             )
         )
         self._replace_layer_norms()

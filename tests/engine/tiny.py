@@ -15,7 +15,7 @@ MODEL = {
         "kwargs": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4,
                    "drop_path_rate": 0.0},
     },
-    "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 12},
+    "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 12, "vocab_size": 49409},
     "embed_dim": 8,
 }  # fmt: skip
 DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5}

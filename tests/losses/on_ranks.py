@@ -68,6 +68,7 @@ def leaves_of(rows):
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
+        "target": (0.3 * text + 0.7 * second)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
     return {key: value.clone().requires_grad_() for key, value in leaves.items()}
