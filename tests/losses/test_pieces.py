@@ -60,7 +60,7 @@ def one_by_one(ids, seed, share, known):
     drawn = uniform(torch.tensor([seed]), len(ids), 3)[0].tolist()
     first, last = known.words
     found = []
-    for place, (piece, (choice, how, word)) in enumerate(zip(ids, drawn, strict=True)):
+    for place, (piece, (choice, how, word)) in enumerate(zip(ids[: end + 1], drawn, strict=False)):
         if place in (0, end) or choice >= share:
             found.append(piece)
         elif how < 0.5:
