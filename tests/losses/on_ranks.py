@@ -69,6 +69,8 @@ def leaves_of(rows):
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "target": (0.3 * text + 0.7 * second)[rows],
+        "original": text[rows], "chatgpt": second[rows], "bard": (text + second)[rows],
+        "coco": (text - second)[rows], "human": (image + text)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
     return {key: value.clone().requires_grad_() for key, value in leaves.items()}

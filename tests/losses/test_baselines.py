@@ -233,7 +233,9 @@ def test_the_precision_of_the_training_reaches_the_core_and_changes_nothing_on_a
         method.precision = precision
         out = method(leaves_of(slice(None)), make_batch()[-1], Gather())
         found.append(out["contrastive_loss"])
-    assert seen == [torch.float32, torch.bfloat16]
+    half = len(seen) // 2
+    assert half >= 1
+    assert seen == [torch.float32] * half + [torch.bfloat16] * half
     assert found[0] == found[1]
 
 
