@@ -40,12 +40,20 @@ DECISIONS = [
 ]  # fmt: skip
 
 
+def stated_recipe(path):
+    """The recipe that a file or the nearest of its parents states."""
+    content = yaml.safe_load(path.read_text())
+    if "recipe" in content or "base" not in content:
+        return content.get("recipe", "ours")
+    return stated_recipe(path.parent / content["base"])
+
+
 @pytest.mark.parametrize("path", READY, ids=names)
 def test_configuration_loads(path):
-    ours = path not in PAPER or path in FAMILY
-    stated = yaml.safe_load(path.read_text()).get("recipe")
-    expected = stated or ("ours" if ours else "release_defaults")
-    assert config.load(path).recipe == expected
+    recipe = config.load(path).recipe
+    if path in PAPER and path not in FAMILY:
+        assert recipe == "release_defaults"
+    assert recipe == stated_recipe(path)
 
 
 @pytest.mark.parametrize("path", MIXED, ids=names)
