@@ -2,9 +2,9 @@
 
 A token between the first one and the end is chosen with a probability, by itself. Of the chosen
 ones half give way to the mask, a tenth to another token, and the rest are deleted: what follows
-moves up. These shares are those of ZeroVL's released program (arXiv 2112.09331), which goes back to
-the texts of VSE infinity. What is drawn is a function of the sample's seed and of the place in the
-text, so that neither ranks nor micro-batches nor the padding of a batch change a text.
+moves up. These shares are those of ZeroVL's released program (arXiv 2112.09331). What is drawn is a
+function of the sample's seed and of the place in the text, so that neither ranks nor micro-batches
+nor the padding of a batch change a text.
 
 Other than there: a text is cut to the context first and altered then; all pieces of a word stay,
 where the program keeps at most three; and another token is a word, never a special token.
@@ -50,10 +50,12 @@ def vocabulary(text: Any) -> Vocabulary:
             f"model.text.tokenizer={text.tokenizer}: word pieces are masked, and the ids of this "
             f"tokenizer are not known; give one of {', '.join(VOCABULARIES)}"
         )
-    if text.name == "transformer" and text.vocab_size < known.size:
+    own = text.name == "transformer"
+    size = text.vocab_size if own else (text.hf_config or {}).get("vocab_size", known.size)
+    if size < known.size:
         raise ValueError(
-            f"model.text.vocab_size={text.vocab_size}: word pieces are masked, and the tokenizer "
-            f"{text.tokenizer} with a mask needs {known.size}"
+            f"model.text.{'' if own else 'hf_config.'}vocab_size={size}: word pieces are masked, "
+            f"and the tokenizer {text.tokenizer} with a mask needs {known.size}"
         )
     return known
 

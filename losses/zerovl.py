@@ -12,14 +12,15 @@ with S the scaled cosines of all ranks, CE the mean over rows of the cross-entro
 of f. F is symmetric, so one blend of texts, t_i = a text_i + (1 - a) text_f(i), has all positives:
 L is the mean of (row + column normaliser) / 2 - s image_i . t_i. With a = 1 it is CLIP's loss.
 
-Coin and coefficient are functions of the seed of the step, equal on all ranks. The paper's partner
-is the mirror image of a sample in a rank's micro-batch, so that it depends on the number of both.
-Ours is its neighbour (position xor 1), always in the same micro-batch, which is therefore of even
-size; the other one is not offered. Captions lose and change word pieces (`losses._pieces`).
+Coin and coefficient are functions of the seed of the step, equal on all ranks. In the released
+program (zerovl at d923a50) the partner is a sample's mirror image in the micro-batch of a rank, so
+that it depends on their numbers. Ours is its neighbour (position xor 1), always in the same
+micro-batch, which is therefore of even size; the other one is not offered. Captions lose and change
+word pieces (`losses._pieces`).
 
-The released program (zerovl at d923a50) accumulates decoupled gradients, which is the same as
-gradient caching here; under mixup it logs the loss of unmixed targets, whereas ours is the one that
-is differentiated. Debiased sampling is data.sampler=one_source.
+Its decoupled accumulation of gradients is gradient caching here. Under mixup it logs the loss of
+unmixed targets; ours is the one that is differentiated. Debiased sampling is
+`data.sampler: one_source`.
 """
 
 from dataclasses import dataclass

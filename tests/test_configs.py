@@ -122,12 +122,14 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         "image_text": ["openclipart_train", "openclipart_test"],
     }
     changes = [
-        "model.image={name: swin_tiny, size: 32, kwargs: {pretrained: false, embed_dim: 16, "
-        "depths: [1, 1], num_heads: [1, 2], window_size: 4}}",
+        "model.image.kwargs=null",
+        "model.image={name: swin_tiny, size: 32, kwargs: {embed_dim: 16, depths: [1, 1], "
+        "num_heads: [1, 2], window_size: 4}}",
         "model.text={name: transformer, hf_name: null, hf_config: null, tokenizer: clip, "
         "vocab_size: 49409, width: 16, layers: 1, heads: 2}",
         "model.embed_dim=8",
         "data.workers=0",
+        "data.caption=txt",
         "train={global_batch: 8, accumulation: 1, epochs: null, steps: 2}",
         "optim={warmup_epochs: null, warmup_steps: 1}",
     ]

@@ -101,12 +101,16 @@ def test_with_probability_0_a_text_stays_as_it_is():
 
 
 def test_unknown_tokenizers_and_towers_without_a_mask_are_refused():
-    def tower(tokenizer, name="transformer", vocab_size=49408):
-        return types.SimpleNamespace(tokenizer=tokenizer, name=name, vocab_size=vocab_size)
+    def tower(tokenizer, name="transformer", vocab_size=49408, hf_config=None):
+        return types.SimpleNamespace(
+            tokenizer=tokenizer, name=name, vocab_size=vocab_size, hf_config=hf_config
+        )
 
     with pytest.raises(ValueError, match=r"tokenizer=FacebookAI/roberta-base: .* not known; give"):
         _pieces.vocabulary(tower("FacebookAI/roberta-base", "hf"))
     with pytest.raises(ValueError, match=r"vocab_size=49408: .* clip with a mask needs 49409"):
         _pieces.vocabulary(tower("clip"))
+    with pytest.raises(ValueError, match=r"hf_config\.vocab_size=30000: .* needs 30522"):
+        _pieces.vocabulary(tower("/m/bert-base-uncased", "hf", hf_config={"vocab_size": 30000}))
     assert _pieces.vocabulary(tower("clip", vocab_size=49409)) == CLIP
     assert _pieces.vocabulary(tower("google-bert/bert-base-uncased", "hf")) == BERT

@@ -187,16 +187,32 @@ def test_one_of_the_two_is_mixed_by_an_amount_of_the_beta_distribution():
     assert len(ranks.unique()) == 1
 
 
-def test_encode_is_the_same_in_pieces_and_waits_for_nothing():
+BERT = {
+    "name": "hf", "tokenizer": "google-bert/bert-base-uncased", "context_length": 12,
+    "hf_config": {
+        "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [tiny.MODEL["text"], BERT], ids=["clip", "bert"])
+def test_encode_is_the_same_in_pieces_and_waits_for_nothing(text):
     torch.manual_seed(5)
-    model, method = models.build(tiny.MODEL).train(), losses.build("zerovl", {}, tiny.DIMS)
-    batch = tiny.make_batch(0, 12)
+    model = models.build({**tiny.MODEL, "text": text}).train()
+    method, batch = losses.build("zerovl", {"altered": 0.5}, tiny.DIMS), tiny.make_batch(0, 12)
+    if text is BERT:
+        batch["text"] = 999 + batch["text"] % 29000
+        batch["text"][..., 0], batch["text"][..., 8], batch["text"][..., 9:] = 101, 102, 0
     with NoTensorIsRead(), NoOperatorWaits():
         whole = method.encode(model, batch)
     pieces = [method.encode(model, tiny.cut(batch, part, 3)) for part in range(3)]
     for name, value in whole.items():
         parts = torch.cat([piece[name] for piece in pieces])
         torch.testing.assert_close(parts, value, rtol=1e-5, atol=1e-6, msg=name)
+    as_they_are = losses.build("zerovl", {"altered": 0.0}, tiny.DIMS).encode(model, batch)
+    assert (as_they_are["text"] - whole["text"]).abs().max() > 1e-3
+    assert torch.equal(as_they_are["image"], whole["image"])
 
 
 @pytest.mark.parametrize(
