@@ -66,8 +66,17 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Open Clip Art with the titles of the drawings, for configs/quickstart_alip.yaml.
+TITLES := data/quickstart_titles
+OPENCLIPART := data/quickstart/openclipart_train
+
+$(TITLES)/manifest.json: $(STAMP)
+	$(BIN)/python data_prep/annotate.py $(OPENCLIPART) --table $(OPENCLIPART)/provenance.tsv \
+	  --columns title=title --out $(TITLES)
+	$(BIN)/python data_prep/verify.py $(TITLES)
+
 # The report also where cells have failed; the exit code is that of the trainings.
-family: $(STAMP)
+family: $(STAMP) $(TITLES)/manifest.json
 	@code=0; \
 	$(BIN)/python -m studies.run studies/family.yaml \
 	  --launcher "torchrun --standalone --nproc_per_node $(RANKS)" || code=$$?; \

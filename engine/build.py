@@ -196,8 +196,6 @@ def dataset(plan: Plan) -> TripletDataset:
 def engine(plan: Plan, device: torch.device):
     """Model, method and optimizer under DeepSpeed, the same initial weights at any world size."""
     cfg = plan.cfg
-    # cuDNN's attention plans for each new shape, longer than a step takes; the others do not.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(cfg.seed)
     model = models.build(model_config(cfg))
     if cfg.train.grad_checkpointing:
@@ -242,6 +240,7 @@ def build_method(plan: Plan, model: nn.Module) -> Method:
         "image_width": model.image_width,
         "text_width": model.text_width,
         "num_classes": plan.labels.num_classes,
+        "vocab_size": model.cfg.text.vocab_size,
     }
     return losses.build(settings.pop("name", "unicl"), settings, dims)
 

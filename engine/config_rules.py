@@ -108,7 +108,15 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(words)}")
     mixes = vars(method).get("mixes", False)  # a method's own, see losses/_method.py
     choices.check_augmentation(values["data"]["augmentation"], method.images, mixes)
-    caption_recipes.read(values["data"]["caption"], method.texts)
+    caption = values["data"]["caption"]
+    caption_recipes.read(caption, method.texts)
+    if method.texts_differ and not isinstance(caption, dict):
+        each = ", ".join(f"{view}: {{from: SOURCE}}" for view in method.texts)
+        raise ConfigError(
+            f"data.caption={caption}: loss.name={cfg.loss.name} has texts of different kinds; give "
+            f"each its source, data.caption={{{each}}}. python data_prep/annotate.py joins a table "
+            "of texts into the samples of a set"
+        )
 
 
 def _refuse_undecided(cfg: DictConfig) -> None:

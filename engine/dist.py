@@ -45,6 +45,9 @@ def initialise(timeout_minutes: float = 30) -> torch.device:
         # takes the host tens of milliseconds, and batches of texts have many. Flash attention has
         # no plans.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # Products of float32 weights in TF32, as open_clip and timm train; convolutions are by
+        # torch's default. Sums stay float32.
+        torch.set_float32_matmul_precision("high")
     if not dist.is_initialized():
         store = _meet(timeout_minutes)
         try:

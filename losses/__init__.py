@@ -26,7 +26,8 @@ def build(name: str, cfg: dict[str, Any] | None = None, dims: dict[str, int] | N
     Args:
         name: file name in `losses/` without `.py`.
         cfg: the method's own configuration keys (its `Config` dataclass).
-        dims: sizes it may need: `embed_dim`, `image_width`, `text_width`, `num_classes`.
+        dims: sizes it may need: `embed_dim`, `image_width`, `text_width`, `num_classes`, and
+            `vocab_size`, of the text tower.
 
     Raises:
         ValueError: unknown method or unknown key; the message names the nearest one.

@@ -32,6 +32,8 @@ class Method(nn.Module):
             of `batch["image"][:, v]` and `batch["text"][:, t]`.
         mixes: True when `loss` blends its targets by `features["mix"]` (`losses._mixing`). Not
             inherited: a method that changes another's `encode` or `loss` says it itself.
+        texts_differ: True when the text views are texts of different kinds, so that `data.caption`
+            must give each a source of its own.
         blends_neighbours: True when `encode` blends each sample with its neighbour (position xor
             1), so that a micro-batch must be of even size.
         needs_labels: True when a batch without image-label samples makes no sense.
@@ -45,6 +47,7 @@ class Method(nn.Module):
     Config: ClassVar[type] = NoOptions
     images: ClassVar[tuple[str, ...]] = ("image",)
     texts: ClassVar[tuple[str, ...]] = ("text",)
+    texts_differ: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
     blends_neighbours: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False

@@ -5,8 +5,12 @@ checkpoint keeps one, so that a continued run would be another. Position and fil
 tensors: nothing waits for the device, and the checkpoint holds all there is.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+TILE = 4096  # rows that a search looks at together
 
 
 class Queue(nn.Module):
@@ -32,6 +36,29 @@ class Queue(nn.Module):
     def filled(self) -> Tensor:
         """(size,) bool: which rows hold features."""
         return torch.arange(len(self.rows), device=self.rows.device) < self.written
+
+    @torch.no_grad()
+    def nearest(self, queries: Tensor) -> Tensor:
+        """The row whose product with each query is largest; of unit length the nearest one.
+
+        By tiles, so that no matrix of all products exists.
+
+        Args:
+            queries: (b, D), compared in the type of the rows.
+
+        Returns:
+            (b, D) of the rows that hold features; zeros while none does.
+        """
+        queries, filled = queries.to(self.rows.dtype), self.filled()
+        best = torch.full_like(queries[:, 0], -math.inf)
+        place = torch.zeros_like(best, dtype=torch.int64)
+        for first in range(0, len(self.rows), TILE):
+            tile = slice(first, first + TILE)
+            products = (queries @ self.rows[tile].T).masked_fill(~filled[tile], -math.inf)
+            value, index = products.max(1)
+            place = torch.where(value > best, first + index, place)
+            best = torch.maximum(value, best)
+        return self.rows[place]
 
     def keep(self, rows: Tensor) -> None:
         """Remember the rows of this step, (B, D) of the **global** batch, until `write`."""

@@ -27,6 +27,7 @@ class Method(unicl.Method):
     """Pairs; labels are not used, and an image-label sample gets five prompts."""
 
     texts = ("original", "chatgpt", "bard", "coco", "human")
+    texts_differ = True
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         image = model.encode_image(batch["image"][:, 0])["feature"]

@@ -66,12 +66,14 @@ class TwoTower(nn.Module):
             images: (b, 3, H, W) float; cast to the weights' type.
 
         Returns:
-            feature: (b, D) float32 of unit length; pooled: (b, image_width) before the
-            projection; tokens: (b, N, W) before pooling.
+            feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
+            pooled: (b, image_width) before the projection; tokens: (b, N, W) before pooling.
         """
         pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
+        projected = self.image_projection(pooled).float()
         return {
-            "feature": F.normalize(self.image_projection(pooled).float(), dim=-1),
+            "feature": F.normalize(projected, dim=-1),
+            "projected": projected,
             "pooled": pooled,
             "tokens": tokens,
         }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from engine import build, config
 from loaders.errors import ConfigError
@@ -129,7 +130,6 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         "vocab_size: 49409, width: 16, layers: 1, heads: 2}",
         "model.embed_dim=8",
         "data.workers=0",
-        "data.caption=txt",
         "train={global_batch: 8, accumulation: 1, epochs: null, steps: 2}",
         "optim={warmup_epochs: null, warmup_steps: 1}",
     ]
@@ -138,6 +138,8 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         count = len(config.specs(cfg.data[side], side))
         names = ", ".join(f"data/quickstart/{name}" for name in sets[:count])
         changes += [f"data.{side}=[{names}]"] if count else []
+    if OmegaConf.is_dict(cfg.data.caption):  # the shipped data have captions and no annotations
+        changes += [f"data.caption.{view}.from=txt" for view in cfg.data.caption]
     plan = build.plan(config.load(path, changes), world_size=2)
     assert plan.steps == 2
     assert "parameters: image tower" in build.describe_parts(plan)

@@ -65,7 +65,7 @@ ROOMS = {
 # Rooms that serve another package: studies name sets and draw tables as evaluation does.
 SERVE = {"eval.sources": {"studies"}, "eval.report": {"studies"}}
 FOREIGN = {  # beyond the standard library
-    "losses": {"torch"},
+    "losses": {"torch", "triton"},  # Triton comes with torch for GPUs
     "models": {"torch", "timm", "transformers", "safetensors", "yaml"},
     "loaders": {
         "numpy",

@@ -18,7 +18,7 @@ MODEL = {
     "text": {"width": 16, "layers": 1, "heads": 2, "context_length": 12, "vocab_size": 49409},
     "embed_dim": 8,
 }  # fmt: skip
-DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5}
+DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "vocab_size": 49409}
 
 
 def build(name="unicl", drop_path=0.0):

@@ -20,7 +20,7 @@ from tests.losses import small
 # Unequal numbers of rows per rank: 4 ranks form a 2 x 2 grid.
 ROWS = {2: [9, 9], 3: [5, 11, 2], 4: [3, 8, 1, 6]}
 LABELS = [0, 0, -1, 3, -1, -1, 0, 3, -1, -1, -1, 7, 7, 0, -2, -2, 3, 0]
-DIMS = {"embed_dim": 6, "image_width": 6, "text_width": 6, "num_classes": 8}
+DIMS = {"embed_dim": 6, "image_width": 6, "text_width": 6, "num_classes": 8, "vocab_size": 11}
 # Shares of 40 rows; the later ones leave ranks empty, then a whole grid row, a whole grid column.
 SHARES = {
     2: [[20, 20], [33, 7], [0, 40]],
@@ -66,8 +66,11 @@ def leaves_of(rows):
     image, text, second, _ = make_batch()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
+        "caption": text[rows], "synthetic": second[rows],
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
+        "eda": F.normalize(text + second, dim=1)[rows],
+        "masked_sum": second[rows].abs().sum(1), "masked_count": (text[rows] > 0.3).sum(1).double(),
         "target": (0.3 * text + 0.7 * second)[rows],
         "original": text[rows], "chatgpt": second[rows], "bard": (text + second)[rows],
         "coco": (text - second)[rows], "human": (image + text)[rows],

@@ -11,6 +11,7 @@ OPTIONS = {
     "simclr": {"hidden": 7, "projection": 5},
     "slip": {"hidden": 7, "projection": 5},
     "moco": {"queue": 20, "projection": 6},
+    "declip": {"queue": 20, "hidden": 24, "bottleneck": 8},
 }
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from losses import _queue
 from losses._queue import Queue
 
 
@@ -36,6 +37,20 @@ def test_a_row_is_overwritten_by_the_one_that_comes_size_later():
     assert queue.rows[:, 0].tolist() == [4, 1, 2, 3]
     step(queue, torch.arange(5.0, 12)[:, None])  # 8 to 11 stay, in the places of 0 to 3
     assert queue.rows[:, 0].tolist() == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("tile", [1, 4, 100])
+def test_the_nearest_row_is_found_among_those_that_were_written(tile, monkeypatch):
+    monkeypatch.setattr(_queue, "TILE", tile)
+    torch.manual_seed(2)
+    queue, queries = Queue(11, 3), torch.randn(6, 3)
+    assert queue.nearest(queries).tolist() == [[0.0] * 3] * 6
+    for count in (1, 5, 9):
+        step(queue, torch.randn(count, 3) - 2)  # most products are negative: a 0 would win
+        held = queue.rows[queue.filled()]
+        expected = [max(held.tolist(), key=lambda row, q=q: q @ torch.tensor(row)) for q in queries]
+        assert queue.nearest(queries).tolist() == expected
+    assert queue.nearest(queries[:0]).shape == (0, 3)
 
 
 def test_all_there_is_lies_in_buffers():
@@ -72,3 +87,4 @@ def test_nothing_waits_for_the_device():
         for _ in range(3):
             step(queue, torch.zeros(3, 2))
             queue.filled()
+            queue.nearest(torch.zeros(2, 2))

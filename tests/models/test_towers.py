@@ -143,6 +143,8 @@ def test_features_do_not_depend_on_a_mask_token_behind_the_end():
     behind[:, 4] = 49408
     assert torch.equal(tower(behind)[0], pooled)
     assert torch.equal(tower.mask(behind), tower.mask(ids))
+    # transformers finds the end as well, which an export relies on.
+    assert torch.equal(tower.encoder(input_ids=ids).pooler_output, pooled)
     short, states = tower.eval()(ids)
     assert states.shape == (2, 4, 64)
     torch.testing.assert_close(short, pooled, rtol=0, atol=1e-6)

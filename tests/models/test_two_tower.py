@@ -67,6 +67,7 @@ def test_shapes_and_unit_length():
     torch.testing.assert_close(unit, text["feature"])
     assert text["projected"].norm(dim=-1).max() < 0.9  # so it is what was before the unit length
     assert image["pooled"].shape == (3, model.image_width) == (3, 512)
+    assert image["projected"].equal(model.image_projection(image["pooled"]))
     assert image["tokens"].shape == (3, 1, 512)
     assert text["pooled"].shape == (3, model.text_width) == (3, 64)
     assert text["tokens"].shape == (3, int(ids.argmax(dim=1).max()) + 1, 64)

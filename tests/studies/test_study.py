@@ -2,6 +2,7 @@
 
 import pytest
 
+import losses
 from engine import config
 from loaders.errors import ConfigError
 from studies import _cells, _evaluations, _study
@@ -162,11 +163,13 @@ def test_shipped_studies_say_what_they_cost_and_all_their_runs_load(path, tmp_pa
     assert len(_cells.make(study, path, planned, tmp_path)) == len(study.arms) * len(study.seeds)
 
 
-def test_the_family_sees_each_source_equally_often():
+def test_the_family_holds_every_method_and_sees_each_source_equally_often():
     """A balanced sampler gives half of the samples to each of two sources."""
     study = _study.read(ROOT / "studies/family.yaml")
-    for arm in study.arms.values():
+    assert set(losses.names()) <= study.arms.keys()
+    for name, arm in study.arms.items():
         cfg = config.load(ROOT / arm.config, arm.overrides)
+        assert cfg.loss.name == name or name not in losses.names()
         sources = [cfg.data.image_label, cfg.data.image_text]
         assert cfg.data.sampler == "balanced"
         assert cfg.train.samples / sum(source is not None for source in sources) == 66_560
