@@ -130,10 +130,12 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
     notes = [f"{cfg.deepspeed}: {n}" for n in deepspeed_engine.additions(file, deepspeed)]
     method = losses.find(cfg.loss.get("name", "unicl"))
     micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
-    if cfg.data.augmentation == choices.MIXED and micro_batch % 2:
+    mixed = cfg.data.augmentation == choices.MIXED
+    if (mixed or method.blends_neighbours) and micro_batch % 2:
+        who = f"data.augmentation={choices.MIXED}" if mixed else f"loss.name={cfg.loss.name}"
         raise ConfigError(
-            f"data.augmentation={choices.MIXED} blends samples in pairs, and a micro-batch of "
-            f"{micro_batch} leaves one over; change train.global_batch or train.accumulation"
+            f"{who} blends samples in pairs, and a micro-batch of {micro_batch} leaves one over; "
+            "change train.global_batch or train.accumulation"
         )
     sources = [
         _open(spec, kind)

@@ -34,6 +34,8 @@ class Method(nn.Module):
             inherited: a method that changes another's `encode` or `loss` says it itself.
         texts_differ: True when the text views are texts of different kinds, so that `data.caption`
             must give each a source of its own.
+        blends_neighbours: True when `encode` blends each sample with its neighbour (position xor
+            1), so that a micro-batch must be of even size.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
         teacher: True when the method learns from an average of its own weights (`targets`).
@@ -47,6 +49,7 @@ class Method(nn.Module):
     texts: ClassVar[tuple[str, ...]] = ("text",)
     texts_differ: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    blends_neighbours: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
     teacher: ClassVar[bool] = False

@@ -52,14 +52,25 @@ def mixed(images: Tensor, chosen: Mix) -> dict[str, Tensor]:
         chosen: of the step, the same on all ranks.
     """
     share = torch.full((len(images),), chosen.share, dtype=torch.float32, device=images.device)
-    others = swapped(images)
     if chosen.box is None:
-        blend = torch.lerp(others.float(), images.float(), chosen.share).to(images.dtype)
-        return {"image": blend, KEY: share}
+        return {"image": blended(images, share[:1]), KEY: share}
     top, bottom, left, right = chosen.box
-    pasted = images.clone()
+    pasted, others = images.clone(), swapped(images)
     pasted[..., top:bottom, left:right] = others[..., top:bottom, left:right]
     return {"image": pasted, KEY: share}
+
+
+def blended(rows: Tensor, share: Tensor) -> Tensor:
+    """Of each row its share, and the rest of its neighbour; a share of 1 changes nothing.
+
+    Args:
+        rows: (b, ...) floating-point, b even. share: (1,), on the same device, without gradient.
+
+    Returns:
+        (b, ...) of the type of `rows`, computed in float32 or, if that is wider, in their type.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.lerp(swapped(rows).to(dtype), rows.to(dtype), share.to(dtype)).to(rows.dtype)
 
 
 def swapped(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ again to its sum with k. It is integer arithmetic, so CPUs and GPUs give the sam
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def _signed(bits: int) -> int:
@@ -41,6 +42,25 @@ def uniform(seed: Tensor, *shape: int) -> Tensor:
     bits = _mix(_mix(seed)[:, None] + position * GAMMA)
     # The upper 24 bits: a float32 holds exactly so many.
     return (_shifted(bits, 40).float() * 2.0**-24).view(len(seed), *shape)
+
+
+def symmetric_beta(first: Tensor, second: Tensor, concentration: float) -> Tensor:
+    """Numbers of the distribution Beta(c, c), by Jöhnk's rejection: with u and v uniform and
+    X = u^(1/c), Y = v^(1/c), X / (X + Y) has it, given that X + Y <= 1.
+
+    Args:
+        first, second: (b, n) of `uniform`; the first accepted pair of a row counts, the last one
+            if none is. A pair is rejected with probability 0.02 for c = 0.1, and 1/2 for c = 1.
+        concentration: c in (0, 1]; beyond, most pairs are rejected.
+
+    Returns:
+        (b,) float32 in [0, 1].
+    """
+    # Half a step from 0, and in logarithms, because the powers of small numbers vanish.
+    x, y = ((number + 2.0**-25).log() / concentration for number in (first, second))
+    accepted = F.pad((torch.logaddexp(x, y) <= 0)[:, :-1], (0, 1), value=True)
+    place = accepted.to(torch.uint8).argmax(dim=1, keepdim=True)
+    return torch.sigmoid((x - y).gather(1, place)[:, 0])
 
 
 def _mix(bits: Tensor) -> Tensor:

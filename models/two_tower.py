@@ -85,14 +85,16 @@ class TwoTower(nn.Module):
             input_ids: (b, L) int64.
 
         Returns:
-            feature: (b, D) float32 of unit length; pooled: (b, text_width) before the
-            projection; tokens: (b, L', text_width), where L' is L in training, and else the
-            longest text of the batch; mask: (b, L') bool, True where a token is text, up to and
-            with its end token.
+            feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
+            pooled: (b, text_width) before the projection; tokens: (b, L', text_width), where L'
+            is L in training, and else the longest text of the batch; mask: (b, L') bool, True
+            where a token is text, up to and with its end token.
         """
         pooled, tokens = self.text(input_ids)
+        projected = self.text_projection(pooled).float()
         return {
-            "feature": F.normalize(self.text_projection(pooled).float(), dim=-1),
+            "feature": F.normalize(projected, dim=-1),
+            "projected": projected,
             "pooled": pooled,
             "tokens": tokens,
             "mask": self.text.mask(input_ids[:, : tokens.shape[1]]),

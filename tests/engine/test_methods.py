@@ -68,8 +68,8 @@ def on_one_rank(folder, name):
 
 def half(rank, name):
     """Losses of two steps in bfloat16."""
-    engine = family.start(name, 1, 2, 2, bf16=True)
-    return family.advance(engine, name, 0, 2, rank, 2, 2, torch.bfloat16)
+    engine = family.start(name, 1, 2, 3, bf16=True)
+    return family.advance(engine, name, 0, 2, rank, 2, 3, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

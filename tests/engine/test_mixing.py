@@ -49,6 +49,12 @@ def test_what_cannot_be_blended_is_refused():
         ConfigError, match=r"blends samples in pairs, and a micro-batch of 1 leaves"
     ):
         build.plan(config.load(CONFIG, [*SETTINGS, "train.accumulation=8"]), 1)
+    zerovl = [
+        "data.augmentation=clipart", "loss.name=zerovl", "model.text.vocab_size=49409",
+        "data.image_text=data/quickstart/openclipart_train", "train.accumulation=8",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"loss\.name=zerovl blends samples in pairs, and a mic"):
+        build.plan(config.load(CONFIG, [*SETTINGS, *zerovl]), 1)
     for name in ("multitask", "supcon"):
         with pytest.raises(ConfigError, match=r"mixup_cutmix: this method cannot .* unicl, clip"):
             config.load(CONFIG, [*SETTINGS, f"loss.name={name}"])

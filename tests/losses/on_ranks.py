@@ -71,6 +71,9 @@ def leaves_of(rows):
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "eda": F.normalize(text + second, dim=1)[rows],
         "masked_sum": second[rows].abs().sum(1), "masked_count": (text[rows] > 0.3).sum(1).double(),
+        "target": (0.3 * text + 0.7 * second)[rows],
+        "original": text[rows], "chatgpt": second[rows], "bard": (text + second)[rows],
+        "coco": (text - second)[rows], "human": (image + text)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip
     return {key: value.clone().requires_grad_() for key, value in leaves.items()}

@@ -1,9 +1,10 @@
 """Numbers from seeds: an implementation of its own, uniformity, and no dependence on the batch."""
 
 import numpy as np
+import pytest
 import torch
 
-from losses._random import uniform
+from losses._random import symmetric_beta, uniform
 
 # Of the published generator: SplittableRandom with seed 0 (also the first line of the test vectors
 # that come with xoshiro's splitmix64.c).
@@ -75,3 +76,29 @@ def test_uniform_and_uncorrelated_for_consecutive_seeds_and_positions():
         assert abs((shifted * own).mean().item()) < 5e-3  # 5 standard deviations of 1e-3
     assert (numbers.mean(1) - 0.5).abs().max() < 5 * 1 / (12 * 1000) ** 0.5
     assert len(torch.unique(numbers.view(-1)[:10000])) > 9990
+
+
+@pytest.mark.parametrize("concentration", [0.1, 0.5, 1.0])
+def test_symmetric_beta_has_the_moments_of_the_distribution(concentration):
+    first, second = uniform(torch.arange(50000), 2, 64).unbind(1)
+    numbers = symmetric_beta(first, second, concentration).double()
+    assert numbers.min() >= 0
+    assert numbers.max() <= 1
+    centred = numbers - 0.5
+    variance = 1 / (4 * (2 * concentration + 1))
+    fourth = 3 / (16 * (2 * concentration + 1) * (2 * concentration + 3))
+    for power, moment, larger in ((1, 0, variance), (2, variance, fourth)):
+        sigma = ((larger - moment**2) / 50000) ** 0.5
+        assert abs((centred**power).mean().item() - moment) < 5 * sigma, power
+    exact = np.random.default_rng(0).beta(concentration, concentration, 50000)
+    places = np.linspace(0, 1, 101)
+    ours, theirs = (
+        np.searchsorted(np.sort(x), places, side="right") / 50000 for x in (numbers.numpy(), exact)
+    )
+    assert np.abs(ours - theirs).max() < 0.015
+
+
+def test_symmetric_beta_takes_the_first_pair_that_is_accepted_or_the_last():
+    first, second = torch.tensor([[0.9, 0.3, 0.1], [0.9, 0.8, 0.9]]), torch.full((2, 3), 0.6)
+    found = symmetric_beta(first, second, 1.0)
+    torch.testing.assert_close(found, torch.tensor([0.3 / 0.9, 0.9 / 1.5]))

@@ -134,6 +134,7 @@ def test_features_do_not_depend_on_a_mask_token_behind_the_end():
     torch.manual_seed(0)
     shape = SHAPE | {"vocab_size": 49409}
     tower = TransformerTower(TextConfig(**shape))
+    assert (tower.encoder.config.bos_token_id, tower.encoder.config.eos_token_id) == (49406, 49407)
     ids = torch.tensor([[49406, 320, 512, 49407, 0, 0], [49406, 320, 49407, 0, 0, 0]])
     pooled, states = tower.train()(ids)
     assert states.shape == (2, 6, 64)

@@ -63,6 +63,9 @@ def test_shapes_and_unit_length():
         assert feature.shape == (3, model.embed_dim) == (3, 24)
         assert feature.dtype == torch.float32
         torch.testing.assert_close(feature.norm(dim=-1), torch.ones(3))
+    unit = text["projected"] / text["projected"].norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(unit, text["feature"])
+    assert text["projected"].norm(dim=-1).max() < 0.9  # so it is what was before the unit length
     assert image["pooled"].shape == (3, model.image_width) == (3, 512)
     assert image["projected"].equal(model.image_projection(image["pooled"]))
     assert image["tokens"].shape == (3, 1, 512)
