@@ -2,6 +2,7 @@
 # make test         environment and all tests
 # make durations    the same, and tests/durations.json anew
 # make soak         runs killed fifty times and more, long fuzzing (an hour and more)
+# make gpu-check    what needs one GPU, in less than five minutes, and a table for a bug report
 # make lint         ruff
 # make bench        ratios against named peers, into benchmarks/results/ and docs/benchmarks.md
 #                   (an hour and more)
@@ -21,8 +22,8 @@ export HF_DATASETS_OFFLINE ?= 1
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: quickstart test durations soak lint bench
-BENCHES := loss loss_ranks loader size step scaling_model gpu_loss gpu_step data_prep evaluation
+.PHONY: quickstart test durations soak gpu-check lint bench
+BENCHES := loss loss_ranks loader size step scaling_model gpu_loss gpu_step gpu_end_to_end data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +55,10 @@ durations: $(STAMP)
 # Hundreds of killed runs and long fuzzing: what is marked soak.
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
+
+# Without the environment of this file: python -m tests.gpu
+gpu-check: $(STAMP)
+	$(BIN)/python -m tests.gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

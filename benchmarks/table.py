@@ -37,17 +37,53 @@ the target makes the two 1.23 times as fast at 1,024 x 768 (one run under load).
 }
 # What tells rows of one name apart.
 KEYS = ("load", "pixels", "crop", "B", "micro_batches", "ranks", "samples", "images", "texts")
+GPU_KEYS = ("towers", "crop", "B", "micro_batch", "micro_batches", "compile", "scale", "zero",
+            "peak_gib", "utilisation")  # fmt: skip
+GPU_PAGES = ("gpu_loss", "gpu_step", "gpu_end_to_end")
+GPU_HEAD = """# On one GPU
+
+Each benchmark takes less than four minutes (`--budget SECONDS`, `--only SECTION`) and writes a row
+as soon as it is measured. Nothing here compares with the rows above, which a CPU made.
+`make gpu-check` tells whether a machine's GPU computes what it should.
+"""
 
 
 def write() -> str:
     """The page: a table for each file of results."""
     parts = [HEAD]
     for path in sorted(RESULTS.glob("*.jsonl")):
+        if path.stem in GPU_PAGES:
+            continue
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if "value" in rows[0]:  # the model of large clusters computes and compares nothing
             parts.append(_section(path.stem, rows))
             parts += [NOTES[path.stem]] if path.stem in NOTES else []
-    return "\n".join([*parts, *PICTURES])
+    return "\n".join([*parts, *PICTURES, GPU_HEAD, *map(_gpu_section, GPU_PAGES)])
+
+
+def _gpu_section(name: str) -> str:
+    """Rows of one GPU benchmark by card, or how to make them."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = [f"## {name}", ""]
+    if not path.exists():
+        return "\n".join([*lines, f"Not run yet: `python -m benchmarks.{name}`.", ""])
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    machines = dict.fromkeys((row["gpu"], row["torch"], row["date"]) for row in rows)
+    for machine in machines:
+        gpu, torch, date = machine
+        lines += [
+            f"{gpu}, torch {torch}, {date}.",
+            "",
+            "| what | value | target |",
+            "|---|---|---|",
+        ]
+        lines += [
+            _row(row, GPU_KEYS)
+            for row in rows
+            if (row["gpu"], row["torch"], row["date"]) == machine
+        ]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _section(name: str, rows: list[dict]) -> str:
@@ -60,18 +96,21 @@ def _section(name: str, rows: list[dict]) -> str:
         "| what | value | target |",
         "|---|---|---|",
     ]
-    for row in rows:
-        facts = ", ".join(
-            f"{key} {row[key]}" for key in KEYS if isinstance(row.get(key), int | str)
-        )
-        value = f"{row['value']:.4g}"
-        missed = row.get("met") is False
-        lines.append(
-            f"| {_cell(row['name'])}{f' ({_cell(facts)})' if facts else ''} "
-            f"| {f'**{value}**' if missed else value} "
-            f"| {row.get('target', '')}{', missed' if missed else ''} |"
-        )
+    lines += [_row(row, KEYS) for row in rows]
     return "\n".join([*lines, ""])
+
+
+def _row(row: dict, keys: tuple[str, ...]) -> str:
+    """A line of a table; a row without a value says in its name why."""
+    # Loads of the machine are numbers with a point, and a load of the benchmark is a text.
+    kinds = int | str if keys is KEYS else int | float | str
+    facts = ", ".join(f"{key} {row[key]}" for key in keys if isinstance(row.get(key), kinds))
+    value, missed = f"{row['value']:.4g}" if "value" in row else "", row.get("met") is False
+    return (
+        f"| {_cell(row['name'])}{f' ({_cell(facts)})' if facts else ''} "
+        f"| {f'**{value}**' if missed else value} "
+        f"| {row.get('target', '')}{', missed' if missed else ''} |"
+    )
 
 
 def _cell(text: str) -> str:

@@ -46,6 +46,7 @@ class Plan:
     rates: dict[str, float]
     deepspeed: dict[str, Any]
     method: type[Method]
+    notes: tuple[str, ...] = ()  # what was decided and not asked for
 
     @property
     def mixes(self) -> bool:
@@ -100,6 +101,7 @@ class Plan:
             f"  DeepSpeed ZeRO-{deepspeed_engine.stage(self.deepspeed)}, "
             f"{str(deepspeed_engine.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
+        lines += [f"  {note}" for note in self.notes]
         if self.warmup > self.steps:
             lines.append(
                 f"  warning: the warm-up of {self.warmup} steps is longer than the run of "
@@ -121,9 +123,9 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         ConfigError: contradictions in the configuration or the DeepSpeed file.
         DataError: data that is missing, broken, or too little for one batch.
     """
-    deepspeed = deepspeed_engine.resolve(
-        deepspeed_engine.read_json(cfg.deepspeed), cfg, world_size, cfg.deepspeed
-    )
+    file = deepspeed_engine.read_json(cfg.deepspeed)
+    deepspeed = deepspeed_engine.resolve(file, cfg, world_size, cfg.deepspeed)
+    notes = [f"{cfg.deepspeed}: {n}" for n in deepspeed_engine.additions(file, deepspeed)]
     method = losses.find(cfg.loss.get("name", "unicl"))
     micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
     if cfg.data.augmentation == choices.MIXED and micro_batch % 2:
@@ -154,6 +156,7 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         rates=config.learning_rates(cfg),
         deepspeed=deepspeed,
         method=method,
+        notes=tuple(notes),
     )
 
 

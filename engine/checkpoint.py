@@ -89,14 +89,15 @@ def size(engine) -> int:
     """Roughly the bytes that all ranks write for a checkpoint (measured with DeepSpeed 0.19.8).
 
     The weights are written twice, as `model.safetensors` and, except at stage 3, in DeepSpeed's
-    parts. A trained parameter takes 12 bytes more: a float32 copy, which stage 0 does not have, and
-    the moments of AdamW.
+    parts. A trained parameter takes 12 bytes more: a float32 copy, which float32 weights of stage 0
+    do not have, and the moments of AdamW.
     """
     stage = engine.zero_optimization_stage()
     total = 0
     for parameter in engine.module.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())  # stage 3 keeps a slice
-        states = (8 if stage == 0 else 12) if parameter.requires_grad else 0
+        copied = stage > 0 or parameter.element_size() < 4
+        states = (12 if copied else 8) if parameter.requires_grad else 0
         total += count * ((1 if stage == 3 else 2) * parameter.element_size() + states)
     return total + 2 * sum(b.numel() * b.element_size() for b in engine.module.buffers())
 
@@ -151,7 +152,8 @@ def save(engine, folder: Path, step: int, identity: dict[str, Any], keep_last: i
 def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     """Restore weights, optimizer and step; returns the number of steps done. Collective.
 
-    A checkpoint of another number of ranks or ZeRO stage is converted first.
+    A checkpoint of another number of ranks or ZeRO stage is converted first, and so is one whose
+    parameters lie back to back in the flat buffers of stages 1 and 2, as earlier versions wrote it.
 
     Raises:
         DataError: the checkpoint belongs to another configuration (every difference is named),
@@ -159,12 +161,13 @@ def load(engine, checkpoint: Path, identity: dict[str, Any]) -> int:
     """
     facts = read_facts(checkpoint)
     check_identity(facts, identity, checkpoint)
-    here = (dist.world_size(), engine.zero_optimization_stage())
+    written = (facts["zero_stage"], facts.get("parameter_alignment", False))
+    same = (facts["world_size"], written) == (dist.world_size(), deepspeed_engine.layout(engine))
     # DeepSpeed restores the checkpoint's decay and betas, but those of this configuration hold.
     asked = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.param_groups]
     # DeepSpeed's own torch.load would run whatever a pickle asks for.
     with unpickling.plain_data_only(checkpoint, deepspeed_engine.checkpoint_classes()):
-        if (facts["world_size"], facts["zero_stage"]) != here:
+        if not same:
             converted = universal.convert(checkpoint, facts["zero_stage"], engine.device)
             universal.load(engine, checkpoint, converted)
             return int(facts["step"])
@@ -198,11 +201,13 @@ def check_identity(facts: dict[str, Any], identity: dict[str, Any], checkpoint: 
 
 
 def _write_facts(engine, path: Path, step: int, identity: dict[str, Any]) -> None:
+    stage, aligned = deepspeed_engine.layout(engine)
     facts = {
         "step": step,
         "samples": step * identity["train.global_batch"],
         "world_size": dist.world_size(),
-        "zero_stage": engine.zero_optimization_stage(),
+        "zero_stage": stage,
+        "parameter_alignment": aligned,
         "identity": identity,
     }
     path.write_text(json.dumps(facts, indent=1) + "\n")

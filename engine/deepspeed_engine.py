@@ -2,9 +2,11 @@
 
 DeepSpeed's own defaults are never trusted in silence: the batch triple is derived from the run's
 configuration, every "auto" is resolved or refused (DeepSpeed reads `bf16.enabled: "auto"` as
-False), and gradient clipping must be stated (the library's silent default is 1.0).
+False), gradient clipping must be stated (the library's silent default is 1.0), and every parameter
+starts on a 16-byte line.
 """
 
+import contextlib
 import json
 import os
 import warnings
@@ -20,6 +22,10 @@ from torch import Tensor, nn
 from engine.teacher import Teacher
 from loaders.errors import ConfigError
 from losses._gather import Gather
+
+# Stages whose parameters lie in one flat buffer, back to back unless DeepSpeed is told otherwise.
+FLAT_STAGES = (1, 2)
+_NAMES = {torch.bfloat16: ("bf16", "bfloat16"), torch.float16: ("fp16", "float16", "half")}
 
 
 class TrainModule(nn.Module):
@@ -81,8 +87,9 @@ def resolve(
 
     Raises:
         ConfigError: the batch does not divide, a number contradicts the run's configuration,
-            clipping is not stated, an "auto" is left, the file brings an optimizer, or graphs are
-            to be kept under stage 3.
+            clipping is not stated, an "auto" is left, the file brings an optimizer, graphs are to
+            be kept under stage 3, parameters are not to be aligned, or stage 0 is to sum 16-bit
+            gradients in another type.
     """
     ds = json.loads(json.dumps(ds))
     batch, pieces = cfg.train.global_batch, cfg.train.accumulation
@@ -120,6 +127,8 @@ def resolve(
             "stage 3, whose gradients are wrong when several graphs are alive; set it to 0, or "
             "use stage 0 to 2"
         )
+    _align(ds, path)
+    _check_sums(ds, path)
     left = list(_autos(ds))
     if left:
         raise ConfigError(
@@ -127,6 +136,21 @@ def resolve(
         )
     ds.setdefault("steps_per_print", 10**9)
     return ds
+
+
+def additions(before: dict[str, Any], ds: dict[str, Any]) -> list[str]:
+    """What `resolve` added for a reason that the run should tell, a line each.
+
+    Args:
+        before: what the file holds. ds: what `resolve` made of it.
+    """
+    stated = before.get("zero_optimization", {}).get("parameter_alignment", "auto")
+    if stage(ds) in FLAT_STAGES and stated == "auto":
+        return [
+            "zero_optimization.parameter_alignment=true was added: every parameter starts on a "
+            "16-byte line, which kernels on a GPU need"
+        ]
+    return []
 
 
 def precision(ds: dict[str, Any]) -> torch.dtype:
@@ -169,10 +193,20 @@ def initialise(
     # a decorator, which would load torch's compiler: more than a second of each start.
     with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
         import deepspeed.runtime.zero.muon.original_muon
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=ds, dist_init_required=False
-    )
+    with _aligning_optimizer():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=ds, dist_init_required=False
+        )
+    if precision(ds) != torch.float32:
+        _cast_buffers(module.model.image, precision(ds), device)
     return engine
+
+
+def layout(engine) -> tuple[int, bool]:
+    """(ZeRO stage, whether padding lies between parameters): what a checkpoint must share with an
+    engine that is to read it as DeepSpeed wrote it."""
+    number = engine.zero_optimization_stage()
+    return number, number in FLAT_STAGES and bool(engine.zero_parameter_alignment())
 
 
 def checkpoint_classes() -> list[type]:
@@ -211,6 +245,68 @@ def scale(engine) -> float:
     model = engine.module.model
     with deepspeed.zero.GatheredParameters([model.logit_scale]):
         return float(model.scale().detach())
+
+
+def _align(ds: dict[str, Any], path: str) -> None:
+    """Let padding between parameters start each of them on a 16-byte line; DeepSpeed's default is
+    none. cuDNN's float32 batch norm reads 16 bytes at once, and stops at "misaligned address"."""
+    if stage(ds) not in FLAT_STAGES:
+        return  # parameters have storages of their own (0), or are gathered one by one (3)
+    zero = ds["zero_optimization"]
+    if zero.get("parameter_alignment", "auto") not in ("auto", True):
+        raise ConfigError(
+            f"{path}: zero_optimization.parameter_alignment={zero['parameter_alignment']} leaves "
+            "parameters between 16-byte lines, where kernels of a GPU fail (misaligned address) or "
+            "are slow; remove the key or set it to true"
+        )
+    zero["parameter_alignment"] = True
+
+
+def _check_sums(ds: dict[str, Any], path: str) -> None:
+    """DeepSpeed's stage 0 has no sums of micro-batches' gradients in another type than theirs."""
+    asked = ds.get("data_types", {}).get("grad_accum_dtype")
+    dtype = precision(ds)
+    if stage(ds) or dtype == torch.float32 or asked is None:
+        return
+    if str(asked).removeprefix("torch.") not in _NAMES[dtype]:
+        raise ConfigError(
+            f"{path}: data_types.grad_accum_dtype={asked} does not work with ZeRO stage 0 and "
+            f"{_NAMES[dtype][0]}; remove it, or use stage 1, which sums in float32"
+        )
+
+
+def _cast_buffers(tower: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give an image tower's constants the type of its weights, in place.
+
+    DeepSpeed 0.19.8 casts weights alone. Swin adds its mask of shifted windows to the logits of
+    attention, which in float32 no longer go with values of 16 bits. Statistics of batch norms stay
+    float32, except on a CPU, where torch has no such batch norm with weights of 16 bits.
+    """
+    for module in tower.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and device.type != "cpu":
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+
+
+@contextlib.contextmanager
+def _aligning_optimizer() -> Iterator[None]:
+    """Let stage 1 with bfloat16 weights and float32 sums use the optimizer of stages 1 and 2.
+
+    DeepSpeed 0.19.8 takes a second one, `BF16_Optimizer`, in this one case, and that knows no
+    `parameter_alignment`. The first takes the same case when the optimizer is offloaded.
+    """
+    from deepspeed.runtime import engine as runtime
+
+    choose = runtime.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def aligning(self, optimizer):
+        chosen = choose(self, optimizer)
+        return runtime.ZERO_OPTIMIZATION if chosen == runtime.BFLOAT16 else chosen
+
+    with mock.patch.object(runtime.DeepSpeedEngine, "_do_optimizer_sanity_check", aligning):
+        yield
 
 
 def _autos(value: Any, where: str = "") -> Iterator[str]:

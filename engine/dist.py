@@ -41,6 +41,10 @@ def initialise(timeout_minutes: float = 30) -> torch.device:
         local = int(os.environ["LOCAL_RANK"])
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        # cuDNN's attention, which torch prefers on Hopper, builds a plan for every new shape, which
+        # takes the host tens of milliseconds, and batches of texts have many. Flash attention has
+        # no plans.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized():
         store = _meet(timeout_minutes)
         try:

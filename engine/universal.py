@@ -171,13 +171,18 @@ def _convert_unsharded(checkpoint: Path, target: Path) -> None:
     file = torch.load(
         checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
     )
-    names = file["unicl_parameter_order"]
-    weights, states = file["module"], file["optimizer"]["state"]
+    names, optimizer = file["unicl_parameter_order"], file["optimizer"]
+    if "fp32_groups" in optimizer:  # of 16-bit weights it keeps float32 copies
+        copies = [copy for group in optimizer["fp32_groups"] for copy in group]
+        states = optimizer["optimizer_state_dict"]["state"]
+    else:
+        copies, states = [file["module"][name] for name in names], optimizer["state"]
     step = None
     for number, name in enumerate(names):
         folder = target / "zero" / name
         folder.mkdir()
-        torch.save({"param": weights[name].float(), "cat_dim": 0}, folder / "fp32.pt")
+        weight = copies[number].detach().float()
+        torch.save({"param": weight, "cat_dim": 0}, folder / "fp32.pt")
         for key in _MOMENTS:
             torch.save({"param": states[number][key], "cat_dim": 0}, folder / f"{key}.pt")
         step = states[number]["step"]
@@ -186,24 +191,28 @@ def _convert_unsharded(checkpoint: Path, target: Path) -> None:
 
 
 def _load_unsharded(engine, universal: Path) -> None:
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    weights = dict(engine.module.named_parameters())
     with torch.no_grad():
-        for group in engine.optimizer.param_groups:
-            for parameter in group["params"]:
-                folder = universal / "zero" / names[parameter]
-                read = {
-                    key: torch.load(folder / f"{key}.pt", weights_only=False)
-                    for key in ("fp32", *_MOMENTS, "step")
-                }
-                parameter.copy_(read["fp32"]["param"])
-                state = {
-                    key: read[key]["param"].to(parameter.device, torch.float32) for key in _MOMENTS
-                }
-                step = torch.as_tensor(read["step"], dtype=torch.float32)
-                engine.optimizer.state[parameter] = {"step": step, **state}
+        # The same tensors, or float32 copies of 16-bit weights.
+        for name, parameter in zip(parameter_order(engine), trained, strict=True):
+            folder = universal / "zero" / name
+            read = {
+                key: torch.load(folder / f"{key}.pt", weights_only=False)
+                for key in ("fp32", *_MOMENTS, "step")
+            }
+            parameter.copy_(read["fp32"]["param"])
+            weights[name].copy_(parameter)
+            state = {
+                key: read[key]["param"].to(parameter.device, torch.float32) for key in _MOMENTS
+            }
+            step = torch.as_tensor(read["step"], dtype=torch.float32)
+            engine.optimizer.state[parameter] = {"step": step, **state}
 
 
 def parameter_order(engine) -> list[str]:
-    """Names of the parameters in the order in which the optimizer numbers its states."""
+    """Names of the parameters in the order in which stage 0's optimizer numbers its states."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    return [names[p] for group in engine.optimizer.param_groups for p in group["params"]]
+    groups = getattr(engine.optimizer, "fp16_groups", None)  # bfloat16 as well
+    groups = groups or [group["params"] for group in engine.optimizer.param_groups]
+    return [names[parameter] for group in groups for parameter in group]

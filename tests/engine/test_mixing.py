@@ -21,25 +21,25 @@ SETTINGS = [
 
 
 def runs(rank, world_size, folder, pieces):
-    """Losses of the four steps with that many micro-batches, and what was drawn for each of these."""
+    """Losses of the four steps with that many micro-batches, and the share of each of these."""
     from engine.run import Run
 
     os.chdir(ROOT)
-    drawn, mixed = [], _mixing.mixed
-    _mixing.mixed = lambda images, chosen: drawn.append(chosen) or mixed(images, chosen)
+    shares, mixed = [], _mixing.mixed
+    _mixing.mixed = lambda images, chosen: shares.append(chosen.share) or mixed(images, chosen)
     settings = [*SETTINGS, f"output_dir={folder}", f"train.accumulation={pieces}"]
     Run(build.plan(config.load(CONFIG, settings), world_size), torch.device("cpu")).run()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines], drawn
+    return [json.loads(line)["loss"] for line in lines], shares
 
 
 def test_a_run_on_two_ranks_with_micro_batches_is_the_run_on_one(tmp_path):
     drawn = [_mixing.draw(0, step, 32, 32) for step in range(4)]
     assert {chosen.box is None for chosen in drawn} == {True, False}
-    one, chosen = multiprocess.run(runs, 1, tmp_path / "one", 1)[0]
-    assert [tuple(mix) for mix in chosen] == [tuple(mix) for mix in drawn]
-    two, chosen = multiprocess.run(runs, 2, tmp_path / "two", 2)[0]
-    assert [tuple(mix) for mix in chosen] == [tuple(mix) for mix in drawn for _ in range(2)]
+    one, shares = multiprocess.run(runs, 1, tmp_path / "one", 1)[0]
+    assert shares == [chosen.share for chosen in drawn]
+    two, shares = multiprocess.run(runs, 2, tmp_path / "two", 2)[0]
+    assert shares == [chosen.share for chosen in drawn for _ in range(2)]
     assert len(one) == 4
     assert two == pytest.approx(one, rel=2e-5)
 

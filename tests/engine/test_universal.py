@@ -59,7 +59,7 @@ def life(rank, world_size, folder, stage, start, stop):
         "train_micro_batch_size_per_gpu": BATCH // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "parameter_alignment": True},
         "steps_per_print": 10**9,
     }
     optimizer = optim.build(module.model, module.method, tiny.OPTIM)

@@ -24,7 +24,11 @@ def train_and_save(rank, world_size, folder):
             "train_micro_batch_size_per_gpu": 12 // world_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                "parameter_alignment": True,
+            },
             "steps_per_print": 10**9,
         }
         optimizer = optim.build(module.model, module.method, tiny.OPTIM)
