@@ -66,6 +66,7 @@ def leaves_of(rows):
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
+        "teacher_image": second[rows], "teacher_text": text[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
     }  # fmt: skip

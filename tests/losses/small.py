@@ -11,6 +11,7 @@ OPTIONS = {
     "simclr": {"hidden": 7, "projection": 5},
     "slip": {"hidden": 7, "projection": 5},
     "moco": {"queue": 20, "projection": 6},
+    "otter": {"form": "released"},  # the form with a parameter
 }
 
 
