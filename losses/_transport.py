@@ -86,7 +86,7 @@ def _sweep(kernel: Kernel, columns: Tensor, ranks: Ranks, start: bool) -> tuple[
     for part, stripe in kernel:
         over_columns = (stripe + columns[:, None]).logsumexp(2)
         if start:
-            over_columns[1] = 0
+            over_columns[1].zero_()
         rows[:, part] = -over_columns
         over_rows = (stripe + rows[:, part, None]).logsumexp(1)
         total = torch.logaddexp(total, over_rows)

@@ -62,8 +62,9 @@ def our_targets(image, text, cfg, gather=None, elements=None, keep=0):
 
 def features_of(image, text, scale, teacher=None):
     teacher_image, teacher_text = teacher or (image.detach(), text.detach())
+    scale = torch.as_tensor(scale, dtype=torch.float64).expand(len(image))
     return {
-        "image": image, "text": text, "scale": torch.as_tensor(scale, dtype=torch.float64).expand(len(image)),
+        "image": image, "text": text, "scale": scale,
         "teacher_image": teacher_image, "teacher_text": teacher_text,
     }  # fmt: skip
 
