@@ -4,6 +4,8 @@
 # make soak         runs killed fifty times and more, long fuzzing (an hour and more)
 # make gpu-check    what needs one GPU, in less than five minutes, and a table for a bug report
 # make lint         ruff
+# make family       every method on the shipped data, three seeds, and their table (hours; what is
+#                   done is not done again)
 # make bench        ratios against named peers, into benchmarks/results/ and docs/benchmarks.md
 #                   (an hour and more)
 
@@ -22,7 +24,7 @@ export HF_DATASETS_OFFLINE ?= 1
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
-.PHONY: quickstart test durations soak gpu-check lint bench
+.PHONY: quickstart test durations soak gpu-check lint family bench
 BENCHES := loss loss_ranks loader size step scaling_model gpu_loss gpu_step gpu_end_to_end data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
@@ -63,6 +65,13 @@ gpu-check: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The report also where cells have failed; the exit code is that of the trainings.
+family: $(STAMP)
+	@code=0; \
+	$(BIN)/python -m studies.run studies/family.yaml \
+	  --launcher "torchrun --standalone --nproc_per_node $(RANKS)" || code=$$?; \
+	$(BIN)/python -m studies.report studies/family.yaml && exit $$code
 
 bench: $(STAMP)
 	@for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name || exit $$?; done

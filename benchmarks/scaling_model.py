@@ -74,8 +74,11 @@ def traffic(side: str, ranks: int, batch: int, width: int) -> Moved:
     # maximum and two sums per row, of the `rows` that share columns one and one; and the loss.
     rest = (ranks - 1) * (8 + 8 * share) + _all_reduce(1, ranks)
     rest += _all_reduce(3 * columns * share, columns) + _all_reduce(2 * rows * share, rows)
+    # Backward, the gradients of normalisers and positives: two per row, one per column.
+    rest += 4 * share * (2 * (columns - 1) + (rows - 1))
     sides = 2 * (rows + columns - 2)
     messages = sides + 2 * (ranks - 1) + 2 * (ranks - 1) + 2 * sides
+    messages += 2 * (columns - 1) + (rows - 1)
     return Moved(features, rest, messages)
 
 

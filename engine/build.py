@@ -102,6 +102,8 @@ class Plan:
             f"{str(deepspeed_engine.precision(self.deepspeed)).removeprefix('torch.')}",
         ]
         lines += [f"  {note}" for note in self.notes]
+        if self.cfg.train.compile:
+            lines.append(f"  {compilation.announcement()}")
         if self.warmup > self.steps:
             lines.append(
                 f"  warning: the warm-up of {self.warmup} steps is longer than the run of "
@@ -200,7 +202,7 @@ def engine(plan: Plan, device: torch.device):
         compilation.compile_towers(model, deepspeed_engine.stage(plan.deepspeed), device)
     method = build_method(plan, model)
     method.precision = deepspeed_engine.precision(plan.deepspeed)
-    optimizer = optim.build(model, method, cfg.optim)
+    optimizer = optim.build(model, method, cfg.optim, fused=device.type == "cuda")
     module = deepspeed_engine.TrainModule(model, method).to(device).train()
     return deepspeed_engine.initialise(module, optimizer, plan.deepspeed, device)
 

@@ -3,8 +3,15 @@
 The towers are compiled in place, so names of parameters do not change, and loss, gathers and
 DeepSpeed stay outside. Two things keep the step what it is: random numbers are drawn as without
 compilation (gradient caching repeats a forward pass and must meet the same drop path), and the
-number and length of texts, which differ from batch to batch, are symbols of one graph.
+number and length of texts are symbols of one graph: a graph for each shape of
+`loaders.text_shapes` would be compiled a dozen times, and torch gives up after eight.
+
+What was compiled stays on disk, and the next start of the same towers finds it there.
 """
+
+import os
+from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch import nn
@@ -27,10 +34,34 @@ def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> N
         raise ConfigError("train.compile=true does not work with ZeRO stage 3; use stage 0 to 2")
     # Random numbers are drawn in torch's order, instead of from the compiler's own generator.
     torch._inductor.config.fallback_random = True
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
     _try_compiler(device)
     model.image.compile(dynamic=False)
-    # The whole text tower is not compiled, because it reads the longest length from the device.
+    # Not the whole text tower, which outside of training reads the longest length from the device.
     model.text.encoder.compile(dynamic=True)
+
+
+def cache_folder() -> Path:
+    """Where compiled towers are kept: TORCHINDUCTOR_CACHE_DIR if somebody has set it, else
+    `unicl/torch_compile` in the user's cache folder (XDG_CACHE_HOME or ~/.cache).
+
+    torch's default is in /tmp, which a cluster empties after each job. torch also writes that
+    default into the variable when it is imported, so its name is not taken for somebody's choice.
+    """
+    chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    torchs = chosen.parent == Path(gettempdir()) and chosen.name.startswith("torchinductor_")
+    if chosen != Path() and not torchs:
+        return chosen
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "unicl" / "torch_compile"
+
+
+def announcement() -> str:
+    """What the log says before a run that compiles."""
+    return (
+        "compiling both towers in the first step: the first time this takes minutes; kept in "
+        f"{cache_folder()} for the next start"
+    )
 
 
 def _try_compiler(device: torch.device) -> None:

@@ -45,6 +45,9 @@ def initialise(timeout_minutes: float = 30) -> torch.device:
         # takes the host tens of milliseconds, and batches of texts have many. Flash attention has
         # no plans.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # Products of float32 weights in TF32, as open_clip and timm train; convolutions are by
+        # torch's default. Sums stay float32.
+        torch.set_float32_matmul_precision("high")
     if not dist.is_initialized():
         store = _meet(timeout_minutes)
         try:
@@ -158,6 +161,38 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     if dist.is_initialized():
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number.item())
+
+
+class LateMaximum:
+    """`max_over_ranks` in every step, for which no host waits until its device is idle.
+
+    On GPUs a call starts the reduction and the copy of its result, and returns the result of the
+    call before, on all ranks alike: the device is then at most a step behind, and has work. On
+    CPUs, or with one rank, there is nothing to wait for and the result is that of this call.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.late = device.type == "cuda" and world_size() > 1
+        self.before: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def __call__(self, value: int) -> int:
+        """The largest of the ranks' numbers, of this call or of the one before (0: none)."""
+        if world_size() == 1:
+            return value
+        if not self.late:
+            return max_over_ranks(value, self.device)
+        number = torch.full((1,), value, device=self.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        result = torch.empty(1, dtype=number.dtype, pin_memory=True)
+        result.copy_(number, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        before, self.before = self.before, (result, event)
+        if before is None:
+            return 0
+        before[1].synchronize()
+        return int(before[0])
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine import build, checkpoint, deepspeed_engine, dist, record
+from engine import build, checkpoint, deepspeed_engine, dist, moves, record
 from engine.bad_samples import BadSamples
 from engine.clock import Clock, slow_line
 from engine.log import RunLog
@@ -63,8 +63,9 @@ class Trainer:
     def train(self) -> int:
         """Make all steps that are left; the number of the signal that ended it early, or 0."""
         cfg = self.plan.cfg
-        if received := self._received():
+        if received := dist.max_over_ranks(self.stop.received, self.device):
             return received
+        agreed = dist.LateMaximum(self.device)
         for micro_batches in self._batches():
             rate = self._set_learning_rate()
             out = self._step(micro_batches)
@@ -76,7 +77,8 @@ class Trainer:
             if not self.inside_window():
                 self._report(rate)
             self.log.advance()
-            received = self._received()
+            # The signal that a rank received, so that all of them act on it at the same step.
+            received = agreed(self.stop.received)
             due = self.evaluate and self.done % cfg.evals.every_steps == 0
             if received or due or self.done % cfg.log.save_every_steps == 0:
                 target = self._save()
@@ -92,12 +94,23 @@ class Trainer:
         """Whether the step that was just done lies between two lines of the log."""
         return self.done % self.plan.cfg.log.every_steps != 0 and self.done != self.plan.steps
 
-    def _received(self) -> int:
-        """The signal that a rank received, so that all of them act on it at the same step."""
-        return dist.max_over_ranks(self.stop.received, self.device)
-
     def _batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each remaining step, normalised, on the device."""
+        cfg = self.plan.cfg
+        image = build.model_config(cfg).image
+        dtype = deepspeed_engine.precision(self.plan.deepspeed)
+
+        def prepare(batch: Batch) -> Batch:
+            batch["image"] = normalize(batch["image"], image.mean, image.std, dtype)
+            if not self.plan.mixes:
+                return batch
+            chosen = _mixing.draw(cfg.seed, batch["step"], image.size, image.size)
+            return {**batch, **_mixing.mixed(batch["image"], chosen)}
+
+        return moves.on_device(self._read(), self.device, prepare)
+
+    def _read(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each remaining step, as the loader has them."""
         cfg = self.plan.cfg
         loader = make_loader(
             self.dataset,
@@ -112,23 +125,15 @@ class Trainer:
             # Before the ranks that wait for this one give up: this one knows the sample.
             timeout=0.5 * 60 * cfg.timeout_minutes,
         )
-        image = build.model_config(cfg).image
-        dtype = deepspeed_engine.precision(self.plan.deepspeed)
         batches = iter(loader)
         for step in range(self.done, self.plan.steps):
-            self.watch.at(self.done + 1, "waiting for data")
+            self.watch.at(step + 1, "waiting for data")
             start = time.perf_counter()
             raw = [next(batches) for _ in range(cfg.train.accumulation)]
             seconds = time.perf_counter() - start
             self.clock.waited(seconds)
             self.meter.waited += seconds
-            moved = [_to_device(batch, self.device) for batch in raw]
-            for batch in moved:
-                batch["image"] = normalize(batch["image"], image.mean, image.std, dtype)
-                if self.plan.mixes:
-                    chosen = _mixing.draw(cfg.seed, step, image.size, image.size)
-                    batch |= _mixing.mixed(batch["image"], chosen)
-            yield moved
+            yield raw
 
     def _set_learning_rate(self) -> float:
         rate = self.plan.rate(self.done)
@@ -214,13 +219,3 @@ class Trainer:
             for row in self.evaluate(target):
                 self.log.evaluated(row)
             dist.barrier()
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    """The tensors of a batch on the device, and its list of bad samples."""
-    moved = {
-        key: value.to(device, non_blocking=True)
-        for key, value in batch.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return {**moved, "bad": batch["bad"]}

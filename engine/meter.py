@@ -59,14 +59,21 @@ class Meter:
         sample_loss = out.get("sample_loss", torch.zeros_like(labels, dtype=torch.float32))
         positives = out.get("positives", torch.ones_like(labels)).double()
         label = labels >= 0
+        # Not picked out by an index, for which the host would ask the device how many there are.
+        of_labels = torch.where(label, sample_loss, 0).double().sum()
+        of_texts = torch.where(label, 0, sample_loss).double().sum()
         items = (
             1, out["loss"], len(labels), positives.log().sum(), positives.sum(),
-            label.sum(), sample_loss[label].sum(), (~label).sum(), sample_loss[~label].sum(), bad,
+            label.sum(), of_labels, (~label).sum(), of_texts, bad,
             nonfinite, 1, *(own[name] for name in self.names),
         )  # fmt: skip
-        self.sums += torch.stack(
-            [torch.as_tensor(x, device=self.sums.device).double() for x in items]
-        )
+        self.sums += torch.stack([self._on_device(item) for item in items])
+
+    def _on_device(self, value: Tensor | float) -> Tensor:
+        """A float64 number on the device; one that the host knows is not copied but filled in."""
+        if isinstance(value, Tensor):
+            return value.to(self.sums.device, torch.float64, non_blocking=True)
+        return torch.full((), value, dtype=torch.float64, device=self.sums.device)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
         """Means over all ranks since the last call, and the seconds that each rank waited for

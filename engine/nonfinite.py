@@ -66,7 +66,8 @@ class FiniteGuard:
             step: the number of steps done, as logged. out: what the stepper returned.
         """
         loss, norm = out["loss"], self.engine.get_global_grad_norm()
-        norm = None if norm is None else torch.as_tensor(norm, device=loss.device)
+        if norm is not None and not isinstance(norm, Tensor):  # filled in, not copied
+            norm = torch.full((), float(norm), device=loss.device)
         flag = ~loss.isfinite()
         if norm is not None and not self._backing_off():
             flag = flag | ~norm.isfinite()

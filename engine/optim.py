@@ -25,7 +25,34 @@ def parameter_groups(model: nn.Module, method: nn.Module, weight_decay: float) -
     return [group for group in groups if group["params"]]
 
 
-def build(model: nn.Module, method: nn.Module, cfg: DictConfig) -> torch.optim.Optimizer:
-    """torch's AdamW; its rate is set before every step by `engine.schedule`."""
+def build(
+    model: nn.Module, method: nn.Module, cfg: DictConfig, fused: bool = False
+) -> torch.optim.Optimizer:
+    """torch's AdamW; its rate is set before every step by `engine.schedule`.
+
+    Args:
+        fused: one kernel for all of an update, instead of a pass over memory for each of its
+            operations; for GPUs. Its last bits are not those of the plain form.
+    """
     groups = parameter_groups(model, method, cfg.weight_decay)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=tuple(cfg.betas), eps=cfg.eps)
+    options = {"lr": cfg.lr, "betas": tuple(cfg.betas), "eps": cfg.eps}
+    return torch.optim.AdamW(groups, **options, fused=fused or None)
+
+
+def after_loading(optimizer) -> None:
+    """Put an optimizer's state where its form of update wants it, once a checkpoint was read.
+
+    A checkpoint may come from another kind of device. Fused updates count their steps beside the
+    weights, plain ones on the host, for which a count on a GPU would be waited for.
+
+    Args:
+        optimizer: the engine's, around that of `build`.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    fused = inner.defaults.get("fused")
+    for group in inner.param_groups:
+        group["fused"] = fused
+        for parameter in group["params"]:
+            state = inner.state.get(parameter, {})
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].to(parameter.device if fused else "cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine import build, checkpoint, dist, record
+from engine import build, checkpoint, dist, optim, record
 from engine.bad_samples import BadSamples
 from engine.clock import Clock
 from engine.log import RunLog
@@ -106,6 +106,7 @@ class Run:
         engine = build.engine(plan, self.device)
         if start.checkpoint:
             checkpoint.load(engine, start.checkpoint, identity)
+            optim.after_loading(engine.optimizer)
         checkpoint.check_space(engine, self.folder)
         self.log.open()
         for line in (plan.describe(), *start.lines):

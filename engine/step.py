@@ -184,11 +184,13 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     later. Those in evaluation mode, as a teacher's, do not move anyway."""
     kind = nn.modules.batchnorm._BatchNorm
     norms = [m for m in module.modules() if isinstance(m, kind) and m.training]
+    counted = [norm for norm in norms if norm.num_batches_tracked is not None]
     momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in counted]
     for norm in norms:
         norm.momentum = 0.0
     yield
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.sub_(1)
+    for norm, count in zip(counted, counts, strict=True):
+        norm.num_batches_tracked.copy_(count)

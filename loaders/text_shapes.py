@@ -2,8 +2,8 @@
 
 A GPU plans attention, compiles and captures for each shape, and a batch cut to its longest text and
 to its distinct texts would have a new shape in nearly every step. So both numbers are rounded up:
-the length to a multiple of 8, at most the context; the distinct texts to a multiple of 8, or of a
-quarter of the power of two below their number, at most the batch. Neither changes a feature: what
+the length to a multiple of 4, at most the context; the distinct texts to a multiple of 8, or of an
+eighth of the power of two below their number, at most the batch. Neither changes a feature: what
 follows a text's end is masked, and no sample refers to a row that fills up.
 """
 
@@ -12,17 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STEP = 8  # of lengths, and the smallest of rows
+LENGTHS, ROWS = 4, 8  # the step of lengths, and the smallest of rows
 
 
 def closed_length(longest: int, context: int) -> int:
     """The length of a batch whose longest text has `longest` tokens."""
-    return min(context, _up(longest, STEP))
+    return min(context, _up(longest, LENGTHS))
 
 
 def closed_rows(distinct: int, size: int) -> int:
-    """The rows for `distinct` texts of a batch of `size` samples: at most four sizes an octave."""
-    return min(size, _up(distinct, max(STEP, 1 << max(distinct.bit_length() - 3, 0))))
+    """The rows for `distinct` texts of a batch of `size` samples: at most eight sizes an octave."""
+    return min(size, _up(distinct, max(ROWS, 1 << max(distinct.bit_length() - 4, 0))))
 
 
 def shaped_texts(text: Tensor, tokenizer: Callable | None) -> dict[str, Tensor]:

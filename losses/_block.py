@@ -12,7 +12,7 @@ embedding size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ class Walk:
         keep_bytes: memory per rank for logits that a CPU keeps for the backward pass; the result
             does not depend on it.
         tile: rows and columns of one tile on a CPU; the result does not depend on it.
-        precision: type of the weights in the forward pass. Under bfloat16 a GPU's matrix products
-            take bfloat16 inputs; all sums stay float32. It changes nothing on a CPU.
+        precision: type of the weights in the forward pass. Under bfloat16, and with features that
+            are bfloat16 already, a GPU's matrix products take bfloat16 inputs; all sums stay
+            float32. It changes nothing on a CPU.
     """
 
     keep_bytes: int = 64 * 2**20
@@ -71,7 +72,9 @@ class Block:
         self, x: Tensor, y: Tensor, gather: Gather, walk: Walk = WALK, paired: bool = False
     ):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        self.gather, self.walk = gather, walk
+        exact = x.dtype == y.dtype == torch.bfloat16
+        self.walk = replace(walk, precision=torch.bfloat16) if exact else walk
+        self.gather = gather
         self.row_sizes = gather.sizes(len(x), x.device)
         self.column_sizes = self.row_sizes if paired else gather.sizes(len(y), y.device)
         self.x, self.y = self.rows(x.to(dtype)), self.columns(y.to(dtype))

@@ -96,7 +96,7 @@ class Method(Base):
         sizes = gather.sizes(len(key), key.device)
         each = moco_loss(query, key, queue.rows, queue.filled(), self.cfg.temperature)
         queue.keep(gather.rows(key.detach(), sizes))
-        loss = each.sum() * gather.world_size / sum(sizes)
+        loss = gather.total(each.sum()) / sum(sizes)
         return {"contrastive_loss": loss, "sample_loss": each.detach()}
 
     def step_end(self) -> None:

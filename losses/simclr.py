@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses._block import Walk
+from losses._block import WALK, Walk
 from losses._core import normalisers
 from losses._gather import Gather
 from losses._heads import Mlp
@@ -33,7 +33,7 @@ def nt_xent(
     second: Tensor,
     temperature: float,
     gather: Gather,
-    precision: torch.dtype = torch.float32,
+    walk: Walk = WALK,
 ) -> tuple[Tensor, Tensor]:
     """The normalised temperature-scaled cross-entropy of two views of the global batch.
 
@@ -41,20 +41,20 @@ def nt_xent(
         first, second: (b, D) l2-normalised projections of this rank.
         temperature: divides the cosines.
         gather: the ranks that share the batch.
-        precision: of the inputs of matrix products, see `losses._block.Walk`.
+        walk: memory, tiles and precision of the core.
 
     Returns:
-        Scalar whose mean over ranks is the global loss; loss per image (b,) without gradient.
+        Scalar, the global loss (equal on every rank); loss per image (b,) without gradient.
     """
     dtype = torch.promote_types(first.dtype, torch.float32)
     first, second = first.to(dtype), second.to(dtype)
     sizes = gather.sizes(len(first), first.device)
-    position = sum(sizes[: gather.rank]) + torch.arange(len(first), device=first.device)
-    views, own = torch.cat([first, second]), torch.cat([position, position + sum(sizes)])
-    scale = torch.full((1,), 1 / temperature, dtype=dtype, device=first.device)
-    row_lse, _ = normalisers(views, views, scale, gather, (own, own), Walk(precision=precision))
-    each = row_lse.view(2, -1).mean(0) - (first * second).sum(1) / temperature
-    return each.sum() * gather.world_size / sum(sizes), each.detach()
+    views = torch.cat([first, second])
+    itself = 2 * sum(sizes[: gather.rank]) + torch.arange(len(views), device=views.device)
+    scale = views.new_full((), 1 / temperature)
+    row_lse, _ = normalisers(views, views, scale, gather, (itself, itself), walk)
+    each = row_lse.view(2, len(first)).mean(0) - (first * second).sum(1) / temperature
+    return gather.total(each.sum()) / max(sum(sizes), 1), each.detach()
 
 
 def project(head: Mlp, pooled: Tensor, gather: Gather) -> Tensor:
@@ -67,12 +67,14 @@ class Config:
     """Defaults: those of SimCLR in facebookresearch/SLIP.
 
     temperature: divides the cosines. hidden: width of the head's two hidden layers. projection:
-    width of its output.
+    width of its output. keep_mib: memory per rank for logits that a CPU keeps for the backward
+    pass, in MiB.
     """
 
     temperature: float = 0.1
     hidden: int = 4096
     projection: int = 256
+    keep_mib: int = 64
 
 
 class Method(Base):
@@ -91,5 +93,6 @@ class Method(Base):
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         first, second = (project(self.head, features[name], gather) for name in self.images)
-        loss, each = nt_xent(first, second, self.cfg.temperature, gather, self.precision)
+        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
+        loss, each = nt_xent(first, second, self.cfg.temperature, gather, walk)
         return {"contrastive_loss": loss, "sample_loss": each}

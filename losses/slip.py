@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from losses import clip, unicl
+from losses._block import Walk
 from losses._gather import Gather
 from losses._heads import Mlp
 from losses._method import Features
@@ -54,7 +55,8 @@ class Method(clip.Method):
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         out = super().loss(features, labels, gather)
         first, second = (project(self.head, features[name], gather) for name in self.images[1:])
-        loss, each = nt_xent(first, second, self.cfg.temperature, gather, self.precision)
+        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
+        loss, each = nt_xent(first, second, self.cfg.temperature, gather, walk)
         out["simclr_loss"] = self.cfg.weight * loss
         out["sample_loss"] = out["sample_loss"] + self.cfg.weight * each
         return out

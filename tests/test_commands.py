@@ -13,7 +13,7 @@ from tests.test_imports import OURS, files
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
     path
-    for package in ("engine", "eval", "data_prep", "models", "loaders")
+    for package in ("engine", "eval", "data_prep", "models", "loaders", "studies")
     for path in files(package)
     if '\nif __name__ == "__main__":' in path.read_text()
 ]
@@ -34,7 +34,7 @@ def test_the_repository_is_on_the_path_before_its_packages_are_imported(path):
     assert not imports or "sys.path" in before, f"python {path.name} would not find {OURS}"
 
 
-@pytest.mark.parametrize("package", ["engine", "eval", "data_prep", "models"])
+@pytest.mark.parametrize("package", ["engine", "eval", "data_prep", "models", "studies"])
 def test_paths_of_arguments_may_begin_with_the_home_folder(package):
     """They are read by `loaders.specs.as_path`: a shell leaves the `~` of `--output=~/x` alone."""
     assert [path.name for path in files(package) if "type=Path" in path.read_text()] == []
@@ -79,6 +79,10 @@ def wrong_ones(folder):
     yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"
     places = [str(folder / "none"), "--output", str(folder)]
     yield "data_prep.report", places, 3, "none"
+    (folder / "study.yaml").write_text("name: x\nseed: [0]\n")
+    for name in ("studies.run", "studies.report"):
+        yield name, [str(folder / "study.yaml")], 2, "unknown key 'seed'; the nearest is 'seeds'"
+        yield name, [str(folder / "none.yaml")], 2, "cannot read configuration"
     for form in ("md", "tex", "csv", "html"):
         yield "eval.tables", [str(folder), "--format", form], 0, "mean per class"
 
@@ -92,7 +96,7 @@ def test_commands_answer_before_they_load_torch(tmp_path):
     commands = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in COMMANDS
-        if path.parent in (ROOT / "eval", ROOT / "data_prep", ROOT / "models")
+        if path.parent.name in ("eval", "data_prep", "models", "studies")
     ]
     assert len(commands) > 20
     cases = [("eval.in_training", None, 0, "")]

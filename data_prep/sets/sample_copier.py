@@ -5,6 +5,7 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -48,17 +49,21 @@ class Copier:
 
     def __call__(self, i: int) -> dict[str, bytes]:
         """Members of sample i with `origin` in `json`; raises `Unusable` if that is damaged."""
+        members = self.members(i)
+        origin = f"{Path(self._shards.shard_of(i)).stem}/{self._shards.key(i)}"
+        members["json"] = _with_origin(members.get("json", b"{}"), origin)
+        return members
+
+    def members(self, i: int) -> dict[str, bytes]:
+        """Members of sample i as they are, extension -> bytes."""
         row = int(np.searchsorted(self._chosen, i))
         path = self._shards.shard_of(i)
-        members = {
+        return {
             self._extensions[self._codes[m]]: self._reader.read(
                 path, self._offsets[m], self._sizes[m]
             )
             for m in range(self._first[row], self._first[row + 1])
         }
-        origin = f"{Path(path).stem}/{self._shards.key(i)}"
-        members["json"] = _with_origin(members.get("json", b"{}"), origin)
-        return members
 
 
 def _group(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -80,13 +85,19 @@ def _group(path: str) -> Iterator[tuple[str, dict[str, Member]]]:
 
 def _with_origin(data: bytes, origin: str) -> bytes:
     """The json of a sample with its place in the input; one from an earlier run is kept."""
+    content = json_object(data)
+    if "origin" in content:
+        before = [content["origin"], *content.get("earlier_origins", [])]
+        content["earlier_origins"] = before
+    return json.dumps({**content, "origin": origin}).encode()
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object in the `json` of a sample; raises `Unusable` for anything else."""
     try:
         content = json.loads(data)
     except ValueError:
         content = None
     if not isinstance(content, dict):
         raise Unusable("json is not a JSON object")
-    if "origin" in content:
-        before = [content["origin"], *content.get("earlier_origins", [])]
-        content["earlier_origins"] = before
-    return json.dumps({**content, "origin": origin}).encode()
+    return content

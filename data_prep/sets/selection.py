@@ -45,7 +45,7 @@ def by_keys(shards: ShardSet, lines: Sequence[str]) -> np.ndarray:
     Raises `DataError` for a line that fits no sample, or several.
     """
     hits: dict[str, list[int]] = {line: [] for line in lines if line}
-    for i, path, key in _iterate_keys(shards):
+    for i, path, key in iterate_keys(shards):
         for name in (key, f"{path.stem}/{key}"):
             if name in hits:
                 hits[name].append(i)
@@ -75,7 +75,7 @@ def by_fraction(shards: ShardSet, fraction: Fraction, seed: int) -> np.ndarray:
     """
     names = set_names(shards)
     digests = np.empty(len(shards), dtype=np.uint64)
-    for i, path, key in _iterate_keys(shards):
+    for i, path, key in iterate_keys(shards):
         identity = json.dumps([seed, names[path.parent], path.stem, key]).encode()
         digests[i] = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
     mask = np.zeros(len(shards), dtype=bool)
@@ -90,7 +90,7 @@ def by_expression(shards: ShardSet, expression: Expression) -> np.ndarray:
     """
     with_caption = bool(expression.names & {"caption", "fields"})
     mask = np.zeros(len(shards), dtype=bool)
-    for i, path, key in _iterate_keys(shards):
+    for i, path, key in iterate_keys(shards):
         try:
             fields = dict(shards.read_json(i) or {})
             text = shards.read_text(i) if with_caption else None
@@ -106,7 +106,7 @@ def by_expression(shards: ShardSet, expression: Expression) -> np.ndarray:
     return mask
 
 
-def _iterate_keys(shards: ShardSet) -> Iterator[tuple[int, Path, str]]:
+def iterate_keys(shards: ShardSet) -> Iterator[tuple[int, Path, str]]:
     """(sample index, tar, key) of all samples, with progress."""
     i = 0
     with tqdm(total=len(shards), unit="sample", desc="choosing", mininterval=1) as bar:

@@ -8,7 +8,8 @@ import json
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ _NAME_BYTES = 100
 _TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # no name, size 0, mode 0644
 _TEMPLATE_SUM = int(_TEMPLATE[148:154], 8)
 _REST = _TEMPLATE[154:]  # from the end of the checksum's digits
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which positions each shard holds, `first[s]` to `first[s + 1]`, and the key of each row."""
+
+    first: Sequence[int]
+    key: Callable[[int, int], str]  # of (shard, row)
+
+    @classmethod
+    def even(cls, count: int, size: int) -> "Layout":
+        """Shards of `size`, with img2dataset's keys."""
+        first = [min(count, s * size) for s in range(-(-count // size) + 1)]
+        return cls(first, lambda shard, row: set_folder.sample_key(shard, row, size))
 
 
 class Unusable(Exception):
@@ -53,12 +68,12 @@ def plan(
 ) -> set_folder.Preparation:
     """The preparation of `count` samples that are at hand, begun today.
 
-    `about`: tool, name, kind, source, license and extra of the set.
+    `about`: tool, name, kind, source, license and extra of the set; `shards` where they are not
+    all full.
     """
     return set_folder.Preparation(
-        **about,
+        **{"shards": -(-count // samples_per_shard), **about},
         date=date.today().isoformat(),
-        shards=-(-count // samples_per_shard),
         samples_per_shard=samples_per_shard,
         attempted=count,
         identity={**identity, "samples_per_shard": samples_per_shard},
@@ -71,33 +86,36 @@ def write_shards(
     read: Callable[[int], Mapping[str, bytes]],
     part: int = 0,
     parts: int = 1,
+    layout: Layout | None = None,
 ) -> Counter:
     """Write the missing shards of one part of the set that `set_folder.begin` opened in `out`.
 
     `order` (n,) int64: sample indices in the order of writing; shard s holds the positions
     s * samples_per_shard and on. `read(i)` gives the members of sample i, extension -> bytes, in
-    the order of writing, or raises `Unusable`. Returns the number of samples by status, over this
-    call. Raises `DataError` when the disk is full; finished shards stay valid.
+    the order of writing, or raises `Unusable`. `layout`: other shards and keys than those. Returns
+    the number of samples by status, over this call. Raises `DataError` when the disk is full;
+    finished shards stay valid.
     """
     set_folder.check_part(part, parts)
     preparation = set_folder.load(out)
     size = preparation.samples_per_shard
-    if preparation.shards != -(-len(order) // size):
+    layout = layout or Layout.even(len(order), size)
+    if preparation.shards != len(layout.first) - 1 or layout.first[-1] != len(order):
         raise ValueError(f"{len(order)} samples do not make {preparation.shards} shards of {size}")
     todo = set_folder.missing(out, part, parts)
     if todo:
         set_folder.reopen(out)
     total: Counter = Counter()
     written: Counter = Counter()
-    rows = sum(len(order[s * size : (s + 1) * size]) for s in todo)
+    rows = sum(layout.first[s + 1] - layout.first[s] for s in todo)
     try:
         with (
             set_folder.working_folder(out, part, parts) as stage,
             tqdm(total=rows, unit="img", desc=preparation.name, disable=not rows) as bar,
         ):
             for shard in todo:
-                chosen = order[shard * size : (shard + 1) * size]
-                total += _write_shard(stage, shard, size, chosen, read, bar, written)
+                chosen = order[layout.first[shard] : layout.first[shard + 1]]
+                total += _write_shard(stage, shard, layout, chosen, read, bar, written)
                 set_folder.publish(out, shard, stage)
     except OSError as error:
         if error.errno not in set_folder.FULL:
@@ -108,7 +126,7 @@ def write_shards(
 
 
 def _write_shard(
-    stage: Path, shard: int, size: int, chosen, read, bar: tqdm, written: Counter
+    stage: Path, shard: int, layout: Layout, chosen, read, bar: tqdm, written: Counter
 ) -> Counter:
     """Write one tar and its statistics into `stage`; adds to the samples and bytes `written`."""
     name, status, start = set_folder.shard_name(shard), Counter(), time.time()
@@ -119,7 +137,7 @@ def _write_shard(
             except Unusable as error:
                 status[str(error)] += 1
             else:
-                key = set_folder.sample_key(shard, row, size)
+                key = layout.key(shard, row)
                 for extension, data in members.items():
                     written["bytes"] += write_member(file, f"{key}.{extension}", data)
                 status[SUCCESS] += 1

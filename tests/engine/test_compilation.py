@@ -51,6 +51,18 @@ def test_compiled_step_equals_the_plain_one():
     assert 0.2 < compiled_size / size < 2  # graphs are still measured, for the memory budget
 
 
+def test_what_was_compiled_is_kept_where_a_user_expects_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "unicl" / "torch_compile"
+    # torch writes its default into the variable when it is imported.
+    for default in ("", torch._inductor.runtime.cache_dir_utils.default_cache_dir()):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default)
+        assert compilation.cache_folder() == kept
+    assert str(kept) in compilation.announcement()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert compilation.cache_folder() == tmp_path / "mine"
+
+
 def test_without_a_compiler_the_start_is_refused(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))

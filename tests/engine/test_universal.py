@@ -21,7 +21,7 @@ class Method(losses.find("multitask")):
     """A method with all kinds of state: a head, a frozen layer, a queue of features, and how far it
     is filled.
 
-    None of `losses/` keeps buffers, but the contract of a method promises that they survive.
+    Methods of `losses/` have some of these; the contract promises that all of them survive.
     """
 
     def __init__(self, cfg, dims):

@@ -89,9 +89,9 @@ def test_kernels_equal_float64(products, shape, excluding, figures):
     weights = g[:, None] * (logits - row_lse[:, None]).exp()
     weights += h[None] * (logits - column_lse[None]).exp()
 
-    moved = [side.to(CUDA, torch.float32) for side in (x, y, scale)]
+    moved = [x.to(CUDA, products), y.to(CUDA, products), scale.to(CUDA, torch.float32)]
     ids = excluded and tuple(side.to(CUDA) for side in excluded)
-    tiles = kernels.KernelTiles(*moved, ids, products)
+    tiles = kernels.KernelTiles(*moved, ids)
     found = tiles.forward()
     gradients = tiles.backward(*found, g.to(CUDA, torch.float32), h.to(CUDA, torch.float32))
     assert torch.equal(found[0], tiles.forward()[0]), "equal to the last bit from call to call"
@@ -114,8 +114,8 @@ def test_sigmoid_kernels_equal_float64(products, figures):
     scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
     logits = scale * x @ y.t() + bias
     weights = logits.sigmoid()
-    moved = [side.to(CUDA, torch.float32) for side in (x, y, scale)]
-    tiles = kernels.KernelTiles(*moved, None, products)
+    moved = [x.to(CUDA, products), y.to(CUDA, products), scale.to(CUDA, torch.float32)]
+    tiles = kernels.KernelTiles(*moved)
     offset = bias.to(CUDA, torch.float32)
     total = float(tiles.softplus_sum(offset))
     exact = torch.nn.functional.softplus(logits).sum()

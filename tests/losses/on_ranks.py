@@ -13,6 +13,7 @@ from benchmarks import loss_ranks
 from losses._block import Walk
 from losses._core import contrast, normalisers, sigmoid_sum
 from losses._gather import Gather
+from losses._queue import Queue
 from tests import multiprocess
 from tests.losses import small
 
@@ -73,13 +74,20 @@ def leaves_of(rows):
     return {key: value.clone().requires_grad_() for key, value in leaves.items()}
 
 
+def build(name, keep_mib=64):
+    """Method `name` in float64, with small heads and queues that are not empty."""
+    method = small.build(name, DIMS, keep_mib=keep_mib).double()
+    for part in method.modules():
+        if isinstance(part, Queue):
+            part.keep(make_batch()[1][:, : part.rows.shape[1]])
+            part.write()
+    return method
+
+
 def gradients_of(name, rows, keep_mib=64):
     """Loss and gradients of method `name` on the given rows of the batch."""
     leaves, labels = leaves_of(rows), make_batch()[-1]
-    method = small.build(name, DIMS, keep_mib=keep_mib).double()
-    if name == "moco":  # with an empty queue its loss is 0
-        method.queue.keep(make_batch()[1])
-        method.step_end()
+    method = build(name, keep_mib)
     out = method(leaves, labels[rows], Gather())
     loss = sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
     leaves |= {f"parameter {key}": value for key, value in method.named_parameters()}

@@ -5,11 +5,13 @@ import torch
 from torch.nn import functional as F
 
 import losses
+from losses import _block
 from losses._gather import Gather
 from losses.align import align_loss
 from losses.siglip import siglip_loss
 from losses.supcon import supcon_loss
 from tests.losses import dense
+from tests.losses.on_ranks import leaves_of, make_batch
 
 DIMS = {"embed_dim": 6, "image_width": 6, "text_width": 6, "num_classes": 5}
 FIRST = torch.tensor([[1, 0], [0.6, 0.8]], dtype=torch.float64)
@@ -213,3 +215,32 @@ def test_unknown_names_and_keys_are_refused_with_the_nearest():
         losses.build("unicle")
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         losses.build("supcon", {"temprature": 0.1}, DIMS)
+
+
+@pytest.mark.parametrize("name", [name for name in losses.names() if name != "cross_entropy"])
+def test_the_precision_of_the_training_reaches_the_core_and_changes_nothing_on_a_cpu(
+    name, monkeypatch
+):
+    seen, found, backend = [], [], _block.backend
+
+    def watched(x, y, scale, excluded, walk):
+        seen.append(walk.precision)
+        return backend(x, y, scale, excluded, walk)
+
+    monkeypatch.setattr(_block, "backend", watched)
+    for precision in (torch.float32, torch.bfloat16):
+        method = losses.build(name, {}, DIMS)
+        method.precision = precision
+        out = method(leaves_of(slice(None)), make_batch()[-1], Gather())
+        found.append(out["contrastive_loss"])
+    assert seen == [torch.float32, torch.bfloat16]
+    assert found[0] == found[1]
+
+
+def test_features_in_bfloat16_are_products_in_bfloat16():
+    x = torch.eye(3)
+    for dtypes, expected in (((torch.bfloat16,) * 2, torch.bfloat16),
+                             ((torch.bfloat16, torch.float32), torch.float32)):  # fmt: skip
+        block = _block.Block(x.to(dtypes[0]), x.to(dtypes[1]), Gather())
+        assert block.walk.precision == expected
+        assert block.x.dtype == block.y.dtype == torch.float32

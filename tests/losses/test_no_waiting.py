@@ -15,8 +15,7 @@ import losses
 from losses import _block
 from losses._gather import Gather
 from losses._tiles import Tiles
-from tests.losses import small
-from tests.losses.on_ranks import DIMS, leaves_of, make_batch
+from tests.losses.on_ranks import build, leaves_of, make_batch
 
 REFUSED = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_static", "argwhere",
@@ -85,11 +84,12 @@ def ranks(request, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 4], indirect=True)  # 4: a grid of 2 x 2
 def test_loss_and_gradients(name, ranks):
     leaves, labels = leaves_of(slice(None)), make_batch()[-1]
-    method, gather = small.build(name, DIMS).double(), Gather(equal_rows=True)
+    method, gather = build(name), Gather(equal_rows=True)
     with NoOperatorWaits(), NoTensorIsRead():
         out = method(leaves, labels, gather)
         loss = sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
         loss.backward()
+        method.step_end()
     assert any(leaf.grad is not None for leaf in leaves.values())
 
 

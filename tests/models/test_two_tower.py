@@ -67,6 +67,8 @@ def test_shapes_and_unit_length():
     assert image["tokens"].shape == (3, 1, 512)
     assert text["pooled"].shape == (3, model.text_width) == (3, 64)
     assert text["tokens"].shape == (3, int(ids.argmax(dim=1).max()) + 1, 64)
+    positions = torch.arange(text["tokens"].shape[1])
+    assert torch.equal(text["mask"], positions <= ids.argmax(dim=1)[:, None])
     outputs = model(images, ids)
     for got, wanted in zip(
         outputs, (image["feature"], text["feature"], model.scale()), strict=True

@@ -1,0 +1,67 @@
+"""The pictures of a study; each is readable at a width of 500 pixels."""
+
+from pathlib import Path
+
+import numpy as np
+
+from eval.report import figures
+from studies import _statistics
+from studies._tables import Report
+
+WIDTH = 4.4  # inches at 110 dots each: 484 pixels
+BLUE, GREY, DARK = "#0969da", "#8c959f", "#24292f"
+
+
+def draw_measures(report: Report, path: Path) -> None:
+    """A panel for each measure, a line for each arm: seeds as dots, mean with its interval."""
+    arms, names = list(report.study.arms), list(report.measures)
+    height = 0.24 * len(arms) + 0.75
+    figure, axes = figures.new_figure(len(names), 1, (WIDTH, len(names) * height + 0.3))
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        for place, arm in enumerate(arms):
+            mean = report.mean(arm, name)
+            if mean is None:
+                continue
+            axis.plot(mean.values, [place] * mean.n, ".", color=GREY, markersize=5, zorder=3)
+            half = mean.half or 0
+            axis.errorbar(mean.mean, place, xerr=half, fmt="|", color=BLUE, capsize=3, markersize=9)
+        axis.set_yticks(range(len(arms)), [_short(report.label(arm), 22) for arm in arms])
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.tick_params(labelsize=8)
+        title = _statistics.label(name, report.measures[name])
+        axis.set_title(figures.wrapped(title, 58, 2), fontsize=8.5, loc="left")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("percent; dots: seeds, bar: 95 % interval of their mean", fontsize=8)
+    figures.save(figure, path)
+
+
+def draw_differences(report: Report, path: Path) -> None:
+    """A line for each comparison and measure: the difference with its interval, beside zero."""
+    shown = [one for one in report.differences if one.mean is not None]
+    figure, axes = figures.new_figure(1, 1, (WIDTH, 0.5 * len(shown) + 0.8))
+    axis = axes[0, 0]
+    labels = []
+    for place, one in enumerate(shown):
+        mean = one.mean
+        axis.plot(mean.values, [place] * mean.n, ".", color=GREY, markersize=5, zorder=3)
+        color = BLUE if one.verdict == _statistics.SHOWN else DARK
+        axis.errorbar(
+            mean.mean, place, xerr=mean.half or 0, fmt="|", color=color, capsize=3, markersize=9
+        )
+        pair = " − ".join(_short(report.label(arm), 14) for arm in one.arms)
+        measure = _statistics.label(one.measure, report.measures[one.measure])
+        labels.append(f"{figures.printable(pair)}\n{figures.wrapped(measure, 30, 2)}")
+    axis.axvline(0, color=DARK, linewidth=0.8, linestyle="--")
+    axis.set_yticks(np.arange(len(shown)), labels, fontsize=7)
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel("difference in points; blue: interval without 0", fontsize=8)
+    figures.save(figure, path)
+
+
+def _short(text: str, length: int) -> str:
+    text = figures.printable(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
