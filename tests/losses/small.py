@@ -11,7 +11,10 @@ OPTIONS = {
     "simclr": {"hidden": 7, "projection": 5},
     "slip": {"hidden": 7, "projection": 5},
     "moco": {"queue": 20, "projection": 6},
-    "otter": {"form": "released"},  # the form with a parameter
+    "otter": {
+        "form": "released",
+        "alpha": 0.8,
+    },  # with a parameter that starts with large gradients
 }
 
 
