@@ -150,6 +150,7 @@ class Method(Base):
 
     Config = Config
     teacher = True
+    smallest_batch = 2
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
         super().__init__(cfg, dims)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
+from engine import config
+from loaders.errors import ConfigError
 from losses import _transport, otter
 from losses._block import WALK, Walk
 from losses._gather import Gather
@@ -285,6 +288,9 @@ def test_no_matrix_of_the_size_of_the_batch_squared(monkeypatch):
 
 
 def test_a_batch_of_one_is_refused():
+    path = Path(__file__).parents[2] / "configs/quickstart_otter.yaml"
+    with pytest.raises(ConfigError, match=r"train\.global_batch=1: .* at least 2"):
+        config.load(path, ["train.global_batch=1"])
     alone = tuple(side[:1] for side in E3)
     with pytest.raises(ValueError, match=r"train\.global_batch to at least 2"):
         ours(*alone, 1.0)
