@@ -13,6 +13,7 @@ and no memory for what can be computed again.
 
 import dataclasses
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -102,8 +103,15 @@ def _loss(method: torch.nn.Module, features: dict[str, Tensor], labels: Tensor) 
 
 def step_of(name: str, batch: int) -> Callable[[], None]:
     """One step of training on a batch that stays."""
+    return step_and_encoders(name, batch)[0]
+
+
+def step_and_encoders(name: str, batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """One step of training on a batch that stays; and what it encodes, forward and backward, with
+    the teacher's targets."""
     module, data = build(name, DIMENSION), make_batch(losses.find(name), batch)
-    return partial(_step, module, data, torch.optim.AdamW(module.parameters(), lr=1e-5))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+    return partial(_step, module, data, optimizer), partial(_encoders, module, data)
 
 
 def _step(module: TrainModule, data: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -115,11 +123,6 @@ def _step(module: TrainModule, data: dict[str, Tensor], optimizer: torch.optim.O
         module.teacher.update(module, module.method.decay(0))
 
 
-def encoders_of(name: str, batch: int) -> Callable[[], None]:
-    """What a step encodes, forward and backward, and the teacher's targets."""
-    return partial(_encoders, build(name, DIMENSION), make_batch(losses.find(name), batch))
-
-
 def _encoders(module: TrainModule, data: dict[str, Tensor]) -> None:
     features = module.method.encode(module.model, data)
     module.targets(data)
@@ -127,45 +130,58 @@ def _encoders(module: TrainModule, data: dict[str, Tensor]) -> None:
     module.zero_grad()
 
 
-def peak(make: Callable[..., Callable[[], None]], *args: Any, **options: Any) -> float:
-    """Peak MiB, above what was there before, of the second call of what `make` makes, in a fresh
-    process."""
+def peaks(name: str, batch: int, square: int, small: int) -> list[float]:
+    """Peak MiB, above what was there before, of a method's loss at both sizes and of its step, in a
+    fresh process."""
+    # Memory that is freed goes back to the system at once, so that what is measured next does not
+    # find it.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (make, args, options))
+        return pool.apply(_measure, (name, batch, square, small))
 
 
-def _measure(make: Callable[..., Callable[[], None]], args: tuple, options: dict) -> float:
-    run = make(*args, **options)
-    run()
-    return harness.peak_mib(run)
+def _measure(name: str, batch: int, square: int, small: int) -> list[float]:
+    makes = (
+        partial(loss_of, name, batch, DIMENSION),
+        partial(loss_of, name, square, SQUARE_DIMENSION, **SMALL),
+        partial(step_of, name, small),
+    )
+    found = []
+    for make in makes:
+        run = make()
+        run()  # what is made once
+        found.append(harness.peak_mib(run))
+    return found
 
 
 def rows(quick: bool) -> Iterator[dict]:
     """Ratios of CPU time to CLIP's, and peaks of memory above the inputs."""
-    names = losses.names()
-    rounds, batch, small, square = (
-        (1, 128, 64, 1024) if quick else (ROUNDS, BATCH, STEP_BATCH, SQUARE_BATCH)
-    )
+    names, rounds, sizes = losses.names(), ROUNDS, (BATCH, SQUARE_BATCH, STEP_BATCH)
+    if quick:
+        names = [name for name in names if name in (PEER, *OVERHEAD)]
+        rounds, sizes = 1, (128, 2048, 64)
+    batch, square, small = sizes
     seconds = harness.paired({name: loss_of(name, batch, DIMENSION) for name in names}, rounds)
     for name in names:
         value = harness.ratio(seconds, name, PEER)
         yield harness.row(f"CPU time of the loss, {name} / {PEER}", value, B=batch, rounds=rounds)
+    runs = {}
     for name in names:
-        yield harness.row(f"peak MiB of the loss, {name}", peak(loss_of, name, batch, DIMENSION),
-                          B=batch)  # fmt: skip
-    floats = square**2 * 4 / 2**20
+        runs[name], runs[f"{name} encoders"] = step_and_encoders(name, small)
+    seconds = harness.paired(runs, rounds)
     for name in names:
-        value = peak(loss_of, name, square, SQUARE_DIMENSION, **SMALL) / floats
-        yield harness.row(f"peak of the loss / B x B numbers, {name}", value, 0.8, B=square)
-    steps = harness.paired({name: step_of(name, small) for name in names}, rounds)
-    encoders = harness.paired({name: encoders_of(name, small) for name in names}, rounds)
-    for name in names:
-        value = harness.ratio(steps, name, PEER)
+        value = harness.ratio(seconds, name, PEER)
         yield harness.row(f"CPU time of a step, {name} / {PEER}", value, B=small, rounds=rounds)
-        value /= harness.ratio(encoders, name, PEER)
-        yield harness.row(f"the same / the encoders' multiple, {name}", value, OVERHEAD.get(name),
-                          B=small, rounds=rounds)  # fmt: skip
-        yield harness.row(f"peak MiB of a step, {name}", peak(step_of, name, small), B=small)
+        value /= harness.ratio(seconds, f"{name} encoders", f"{PEER} encoders")
+        title, target = f"the same / the encoders' multiple, {name}", OVERHEAD.get(name)
+        yield harness.row(title, value, target, B=small, rounds=rounds)
+    runs.clear()
+    for name in names:
+        of_loss, of_square, of_step = peaks(name, *sizes)
+        yield harness.row(f"peak MiB of the loss, {name}", of_loss, B=batch)
+        title, numbers = f"peak of the loss / B x B numbers, {name}", square**2 * 4 / 2**20
+        yield harness.row(title, of_square / numbers, None if quick else 0.8, B=square)
+        yield harness.row(f"peak MiB of a step, {name}", of_step, B=small)
 
 
 if __name__ == "__main__":
