@@ -102,6 +102,11 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and not holds(value):
             raise ConfigError(f"{key}={value} must be {words}")
+    if cfg.train.global_batch < method.smallest_batch:
+        raise ConfigError(
+            f"train.global_batch={cfg.train.global_batch}: this method compares the samples of a "
+            f"global batch with each other and needs at least {method.smallest_batch}"
+        )
     mirrors.chosen(cfg.log.report_to)
     for key, words in CHOICES.items():
         if OmegaConf.select(cfg, key) not in words:

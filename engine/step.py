@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from engine.teacher import whole
 from losses._gather import Gather
 from losses._method import Features, loss_terms
 
@@ -86,7 +87,7 @@ class Stepper:
                 again = self.engine(batch)
             surrogate = sum((again[key] * grads[number]).sum() for key, grads in gradients.items())
             if number == 0:  # parameters that the loss itself uses get their gradient once
-                surrogate = surrogate + sum((p * grad).sum() for p, grad in of_parameters)
+                surrogate = surrogate + surrogate_of_parameters(of_parameters)
             self.engine.backward(surrogate, scale_wrt_gas=False)
             self.engine.step()
             del again, surrogate
@@ -157,6 +158,16 @@ def _joined(pieces: list[Features]) -> Features:
 def total_loss(out: dict[str, Tensor]) -> Tensor:
     """Sum of the items named `*_loss` that are scalars."""
     return sum(loss_terms(out).values())
+
+
+def surrogate_of_parameters(pairs: list[tuple[nn.Parameter, Tensor]]) -> Tensor | int:
+    """A scalar whose gradient by each parameter is the tensor beside it; collective under ZeRO-3.
+
+    There the pass that found the gradients has let go of parameters that a method holds itself,
+    not a layer of it: they are empty now, and an empty product would lose their gradient.
+    """
+    with whole([p for p, grad in pairs if p.shape != grad.shape]):
+        return sum((p * grad).sum() for p, grad in pairs)
 
 
 def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:

@@ -66,7 +66,7 @@ class Teacher(nn.Module):
         theirs = {**dict(student.named_buffers()), **dict(student.named_parameters())}
         for names in _groups(self.averaged, theirs):
             sources = [theirs[name] for name in names]
-            with _whole(sources):
+            with whole(sources):
                 now = [source.detach().float() for source in sources]
                 torch._foreach_lerp_([own[name] for name in names], now, 1.0 - decay)
 
@@ -95,7 +95,7 @@ def _groups(names: list[str], tensors: dict[str, Tensor]) -> Iterator[list[str]]
         yield group
 
 
-def _whole(tensors: list[Tensor]) -> contextlib.AbstractContextManager:
+def whole(tensors: list[Tensor]) -> contextlib.AbstractContextManager:
     """Within it, weights that ZeRO-3 shards are whole; collective there."""
     sharded = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not sharded:

@@ -39,6 +39,7 @@ class Method(nn.Module):
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
         teacher: True when the method learns from an average of its own weights (`targets`).
+        smallest_batch: samples that a global batch needs at least.
 
     Attributes:
         precision: type of the weights in the forward pass, set by the engine.
@@ -53,6 +54,7 @@ class Method(nn.Module):
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
     teacher: ClassVar[bool] = False
+    smallest_batch: ClassVar[int] = 1
     precision: torch.dtype = torch.float32
 
     def __init__(self, cfg: Any, dims: dict[str, int]):

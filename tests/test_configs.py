@@ -125,7 +125,7 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
     changes = [
         "model.image.kwargs=null",
         "model.image={name: swin_tiny, size: 32, kwargs: {embed_dim: 16, depths: [1, 1], "
-        "num_heads: [1, 2], window_size: 4}}",
+        "num_heads: [1, 2], window_size: 4, pretrained: false}}",
         "model.text={name: transformer, hf_name: null, hf_config: null, tokenizer: clip, "
         "vocab_size: 49409, width: 16, layers: 1, heads: 2}",
         "model.embed_dim=8",

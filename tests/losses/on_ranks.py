@@ -68,6 +68,7 @@ def leaves_of(rows):
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
         "caption": text[rows], "synthetic": second[rows],
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
+        "teacher_image": second[rows], "teacher_text": text[rows],
         "logits": torch.cat([image, text[:, :2]], 1)[rows],
         "eda": F.normalize(text + second, dim=1)[rows],
         "masked_sum": second[rows].abs().sum(1), "masked_count": (text[rows] > 0.3).sum(1).double(),

@@ -12,6 +12,8 @@ OPTIONS = {
     "slip": {"hidden": 7, "projection": 5},
     "moco": {"queue": 20, "projection": 6},
     "declip": {"queue": 20, "hidden": 24, "bottleneck": 8},
+    # With a parameter of its own, which starts with large gradients.
+    "otter": {"form": "released", "alpha": 0.8},
 }
 
 
