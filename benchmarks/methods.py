@@ -7,7 +7,7 @@ The encoders' multiple is the same without the loss and what comes after it; a s
 little more, which the targets say for the methods whose loss is the largest.
 
 That no loss holds a matrix of the size of the batch squared is measured on a batch where such a
-matrix would be larger than everything else: 8,192 samples, 32 dimensions, small heads and queues,
+matrix would be larger than everything else: 4,096 samples, 32 dimensions, small heads and queues,
 and no memory for what can be computed again.
 """
 
@@ -30,7 +30,7 @@ from losses._gather import Gather
 
 PEER = "clip"
 BATCH, DIMENSION, STEP_BATCH, ROUNDS = 1024, 512, 128, 5
-SQUARE_BATCH, SQUARE_DIMENSION = 8192, 32
+SQUARE_BATCH, SQUARE_DIMENSION = 4096, 32
 SMALL = {"hidden": 64, "projection": 32, "queue": 512, "keep_mib": 0}
 CLASSES, TOKENS, PIXELS = 100, 16, 64
 ENCODE = 64  # samples that are encoded at once where features are made
