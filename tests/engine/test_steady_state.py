@@ -107,7 +107,7 @@ def test_a_batch_is_read_when_its_step_is_due_and_prepared_once():
     def read():
         for number in range(3):
             asked.append(number)
-            yield [{"image": torch.full((2,), number), "bad": []} for _ in range(2)]
+            yield [{"image": torch.full((2,), number), "step": number, "bad": []} for _ in range(2)]
 
     def prepare(batch):
         prepared.append(int(batch["image"][0]))

@@ -32,8 +32,8 @@ def test_an_array_makes_one_cell_a_task_with_two_ranks(cluster, tmp_path):
     assert cluster.finished(job) == {"COMPLETED", "FAILED"}, outputs(tmp_path)
     codes = {record["ArrayTaskId"]: record["ExitCode"] for record in cluster.jobs(job)}
     text = (tmp_path / "out_6.txt").read_text()
-    # That of srun: 3, or on a very slow machine that of the rank which had no time to wait, 143.
-    code = re.search(r"^exit code (3|143): srun ", text, flags=re.MULTILINE)
+    # That of srun: 3, or on a slow machine that of the rank that still started: 143, 137.
+    code = re.search(r"^exit code (3|137|143): srun ", text, flags=re.MULTILINE)
     assert code, text
     assert codes == {"5": "0:0", "6": f"{code[1]}:0"}, outputs(tmp_path)
 
