@@ -127,7 +127,9 @@ def test_views_and_texts_by_name(tmp_path, monkeypatch):
         assert batch["image"].shape == (8, 3, 3, 32, 32)
         for uid, images, ids in zip(batch["uid"], batch["image"], batch["text"], strict=True):
             index = dataset.locate(int(uid))[1]
-            assert ids.tolist() == encode([f"raw {index}", f"made {index}"]).tolist()
+            expected = encode([f"raw {index}", f"made {index}"])
+            assert ids.tolist() == expected[:, : ids.shape[1]].tolist()
+            assert (expected[:, ids.shape[1] :] == 0).all(), "nothing but padding is cut"
             assert (images[0] == pictures.setdefault(index, images[0])).all(), "the plain view"
             assert not (images[1] == images[2]).all()
     facts = plan.identity()

@@ -19,6 +19,7 @@ def trained(tmp_path_factory):
     return folder, runs.finish(process, folder)
 
 
+@pytest.mark.soak  # a training of its own, for a check that only a GPU needs
 def test_a_run_and_its_losses(trained):
     folder, text = trained
     found = runs.losses(folder)

@@ -121,6 +121,10 @@ class Run:
         """What all lives printed."""
         return "".join(p.read_text() for p in sorted(self.notes.glob("output_*.txt")))
 
+    def last_words(self) -> str:
+        """The end of what each rank printed."""
+        return "".join(p.read_text()[-3000:] for p in sorted(self.notes.glob("output_*.txt")))
+
     def last_good(self) -> int:
         """The step that LAST_GOOD names; 0 where there is none."""
         pointer = self.out / "checkpoints" / "LAST_GOOD"
@@ -210,7 +214,7 @@ def kill_all(folder: Path, whole: Run, kills: list[Kill]) -> list[str]:
 
 def check_end(kill: Kill, codes: list[int], where: str, run: Run) -> None:
     """Nothing but the kill ended this life."""
-    where += "\n" + run.output()[-3000:]
+    where += "\n" + run.last_words()
     if not kill.point and not kill.steps and 3 in codes:
         # A rank whose partner died before they met says so, or is ended by the launcher.
         assert "did not arrive" in where or "left while this rank waited" in where, where
