@@ -224,6 +224,7 @@ def histories(rank, world_size, folder):
     }
 
 
+@pytest.mark.soak  # two minutes of lives under every stage
 def test_runs_begun_without_alignment_and_16_bit_runs_of_stage_0_continue(tmp_path):
     """Against an undisturbed run of the first life's file; where nothing changes, to the bit."""
     wholes, parts = multiprocess.run(histories, 2, tmp_path)[0]

@@ -24,7 +24,7 @@ from tests.engine import family, tiny
 STEPS = 2
 # Methods with a state, a head or a gradient path of their own; the others, which are made of these
 # parts, are run by `make soak`.
-TELLING = {"alip", "declip", "moco", "otter", "siglip", "slip", "unicl", "zerovl"}
+TELLING = {"alip", "declip", "otter", "slip"}
 NAMES = [
     name if name in TELLING else pytest.param(name, marks=pytest.mark.soak)
     for name in losses.names()

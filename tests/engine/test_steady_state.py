@@ -90,8 +90,7 @@ def live(rank, world_size, folder, pieces, hugging_face):
     return trainer.done, watched.seen, dict(watched.found)
 
 
-@pytest.mark.parametrize("hugging_face", [False, True])
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize(("pieces", "hugging_face"), [(1, False), (2, True)])
 def test_a_step_waits_for_nothing_but_in_deepspeed(tmp_path, pieces, hugging_face):
     ((done, seen, found),) = multiprocess.run(live, 1, tmp_path / "run", pieces, hugging_face)
     assert done == 6

@@ -72,7 +72,7 @@ def test_one_process(block):
     assert empty > 3
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.soak), 4])
 def test_real_ranks(world_size):
     ranks = results(world_size)
     for number, seed in enumerate(WIDE_SEEDS):

@@ -166,6 +166,7 @@ def on_two(rank, world_size):
     return found
 
 
+@pytest.mark.soak  # its runs are also in tests/engine/test_methods.py
 def test_its_head_runs_over_ranks_and_micro_batches_as_over_the_whole_batch():
     values, expected = plain_torch()
     before = {name: value.numpy() for name, value in module().state_dict().items()}

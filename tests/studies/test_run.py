@@ -173,6 +173,7 @@ def test_a_failure_is_written_and_keeps_no_other_cell_from_being_made(tmp_path, 
     assert not (bad.notes / "failure.txt").exists()
 
 
+@pytest.mark.soak  # as a kill, which is tested every day
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, launcher, start):
     path = made(
         tmp_path, launcher, seeds=[3], arms={"one": ARMS["one"]},
