@@ -81,7 +81,10 @@ def run(name, model, place, folder):
     ("name", "make", "field", "options"),
     [
         ("captions.py", captioning_model, "synthetic", []),
-        ("rewrites.py", language_model, "rewrites", ["--lines", "rewrites=4"]),
+        pytest.param(
+            *("rewrites.py", language_model, "rewrites", ["--lines", "rewrites=4"]),
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_the_table_of_a_local_model_can_be_joined(

@@ -89,7 +89,9 @@ def build_with_drop_path(name):
     return module
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kept", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("name", losses.names())
 def test_cached_gradients_replay_drop_path(name, kept):
     """K = 3 with drop path 0.5: cached gradients equal those of one graph with the same noise."""

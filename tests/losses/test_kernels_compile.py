@@ -73,10 +73,10 @@ REST = KERNELS, KINDS, ("", "pairs"), (True,), (80, 90)
     [
         ("combine", "float32", "", False, 90),
         ("logsumexps", "bfloat16", "", True, 90),
-        ("sigmoid", "bfloat16", "", False, 90),
         *(
             pytest.param(*choice, marks=pytest.mark.soak)
             for choice in (
+                ("sigmoid", "bfloat16", "", False, 90),
                 ("logsumexps", "float32", "", False, 90),
                 ("pair_weights", "tf32", "pairs", True, 90),
                 ("softplus_sums", "bfloat16", "", False, 80),

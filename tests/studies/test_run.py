@@ -190,6 +190,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, launche
     assert f"stopped by SIGTERM in one-seed3 after step {cell.done_steps()}" in said
 
 
+@pytest.mark.soak
 def test_a_cell_that_another_process_holds_comes_last(tmp_path, launcher, start, capsys):
     path = made(
         tmp_path, launcher, seeds=[3],
