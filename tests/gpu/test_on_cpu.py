@@ -38,7 +38,7 @@ def test_a_run_and_its_losses(trained):
     assert "step 8/9" not in between
 
 
-@pytest.mark.parametrize("name", ["unicl", "multitask"])
+@pytest.mark.parametrize("name", ["unicl", pytest.param("multitask", marks=pytest.mark.soak)])
 def test_a_method_against_float64(name, monkeypatch):
     loss, gradient = methods.worst(name, torch.device("cpu"))
     assert loss < 1e-5

@@ -75,7 +75,13 @@ def test_probabilities_and_strengths_are_the_published_ones(name):
         assert abs(sigmas.mean() - 1.05) < 5 * 1.9 / (12 * len(sigmas)) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["slip_weak", "slip_strong", "moco_v3_second"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "slip_strong",
+        *(pytest.param(n, marks=pytest.mark.soak) for n in ("slip_weak", "moco_v3_second")),
+    ],
+)
 def test_views_have_the_statistics_of_torchvision_s_transforms(name):
     scale, flip, jitter, jittered, grey, blur, solarized = PUBLISHED[name]
     theirs = v2.Compose(

@@ -15,6 +15,7 @@ def outputs(folder):
     return "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted(folder.rglob("*out*.txt")))
 
 
+@pytest.mark.soak  # the longest of the real SLURM
 def test_an_array_makes_one_cell_a_task_with_two_ranks(cluster, tmp_path):
     arms = {
         "one": {"config": TINY},
