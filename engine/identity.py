@@ -65,12 +65,23 @@ def facts(cfg: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
 
 
 def is_free(key: str) -> bool:
-    """Whether a key of `record.flat` decides neither a sample nor an update."""
+    """Whether a key of `flat` decides neither a sample nor an update."""
     if key == "ranks":
         return True
     if key.startswith("ds_config.json: "):
         return _named(key.removeprefix("ds_config.json: "), FREE_DEEPSPEED)
     return _named(key, FREE)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of everything that is no mapping, or an empty one."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _keys(cfg: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -117,17 +117,6 @@ def write(plan: Plan, start: Start, device: torch.device) -> None:
     dist.barrier()
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of everything that is no mapping, or an empty one."""
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def _replace(path: Path, text: str) -> None:
     if not path.exists() or path.read_text(encoding="utf-8") != f"{text}\n":
         disk.write_line(path, text)
@@ -139,14 +128,14 @@ def _changes(
     """Key -> (before, now) of all that differs between the folder's record and this start."""
     if before is None:
         return {}
-    now = flat(OmegaConf.to_container(plan.cfg, resolve=True))
-    was = flat(OmegaConf.to_container(before, resolve=True))
+    now = identity.flat(OmegaConf.to_container(plan.cfg, resolve=True))
+    was = identity.flat(OmegaConf.to_container(before, resolve=True))
     prefix = f"{DEEPSPEED}: "
     was |= {
         prefix + key: value
-        for key, value in flat(run_folder.read_json(folder / DEEPSPEED) or {}).items()
+        for key, value in identity.flat(run_folder.read_json(folder / DEEPSPEED) or {}).items()
     }
-    now |= {prefix + key: value for key, value in flat(plan.deepspeed).items()}
+    now |= {prefix + key: value for key, value in identity.flat(plan.deepspeed).items()}
     starts = run_folder.starts(folder)
     ranks = starts[-1].get("ranks") if starts else facts.get("world_size")
     if ranks:

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from loaders.order import Order, Source, Stream, permutation
+from loaders.order import Order, permutation
 
 BLOCK = 1024  # steps
 
@@ -24,16 +24,7 @@ class OneSourceOrder(Order):
     that is smaller than a whole global batch is refused.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        streams: Sequence[Stream],
-        batch_size: int,
-        seed: int,
-        block_shards: int = 16,
-    ):
-        self._block_plan: tuple[int, list[int], np.ndarray] | None = None
-        super().__init__(sources, streams, batch_size, seed, block_shards)
+    _block_plan: tuple[int, list[int], np.ndarray] | None = None  # of the block asked for last
 
     def _shares(self) -> list[int]:
         return [self.batch_size] * len(self.streams)

@@ -93,6 +93,32 @@ def normalisers(
     return row_lse, column_lse
 
 
+def pair_losses(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    gather: Gather,
+    target: Tensor | None = None,
+    exclude: Ids | None = None,
+    walk: Walk = WALK,
+) -> Tensor:
+    """Half the sum of both directions of CLIP's loss, of each sample (arXiv 2103.00020, figure 3).
+
+    Args:
+        image, text: (b, D) features of this rank, row i of both the same sample.
+        scale: (1,) multiplier of the cosines.
+        target: (b, D) what stands for the text of a sample in its positive; None: its text.
+        gather, exclude, walk: as for `normalisers`.
+
+    Returns:
+        (b,), float32 or wider; the mean over all ranks (`gather.mean`) is the loss of CLIP.
+    """
+    rows, columns = normalisers(image, text, scale, gather, exclude, walk)
+    target = text if target is None else target
+    cosines = (image.to(rows.dtype) * target.to(rows.dtype)).sum(1)
+    return 0.5 * (rows + columns) - scale.to(rows.dtype) * cosines
+
+
 def sigmoid_sum(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, gather: Gather, walk: Walk = WALK
 ) -> Tensor:

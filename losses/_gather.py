@@ -82,6 +82,15 @@ class Ranks:
         """
         return share if self.world_size == 1 else _Total.apply(share, self)
 
+    def mean(self, each: Tensor) -> Tensor:
+        """Mean over the samples of all ranks with gradient, equal on every rank; 0 of none.
+
+        Args:
+            each: (b,) of the samples of this rank; b may differ between ranks.
+        """
+        count = sum(self.sizes(len(each), each.device))
+        return self.total(each.sum()) / max(count, 1)
+
     def max_(self, tensor: Tensor) -> Tensor:
         """Maximum over ranks, in place, without gradient."""
         if self.world_size > 1:

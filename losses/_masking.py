@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses._random import uniform
+from losses._pieces import VOCABULARIES, drawn
 
 MASKED = 0.15
 BY_MASK, BY_OTHER = 0.8, 0.1  # of the chosen ones
-CLIP_IDS = 49408
-MASK_ID, WORDS = CLIP_IDS, CLIP_IDS - 2
+CLIP_IDS = VOCABULARIES["clip"].mask  # and so many ids it has without the mask
+WORDS = VOCABULARIES["clip"].words[1]
 # More tokens are chosen than there is room for with a probability below 2**-64 a micro-batch.
 BITS = 64 * math.log(2)
 
@@ -36,12 +36,8 @@ def mask_tokens(ids: Tensor, text: Tensor, seed: Tensor) -> tuple[Tensor, Tensor
         ids (b, L) with the chosen tokens hidden, and which these are, (b, L) bool. Neither depends
         on how far the texts are padded.
     """
-    inside = F.pad(text[:, 2:], (1, 1))  # a token follows, and one precedes
-    choice, how, word = uniform(seed, ids.shape[1], 3).unbind(2)
-    chosen = inside & (choice < MASKED)
-    other = (word.double() * WORDS).long()
-    hidden = other.masked_fill(how < BY_MASK, MASK_ID)
-    return torch.where(chosen & (how < BY_MASK + BY_OTHER), hidden, ids), chosen
+    chosen, how, instead = drawn(text, seed, MASKED, BY_MASK, VOCABULARIES["clip"])
+    return torch.where(chosen & (how < BY_MASK + BY_OTHER), instead, ids), chosen
 
 
 def guessed(head: nn.Module, states: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from losses._block import Walk
 from losses._gather import Gather
 
 Features = dict[str, Tensor]
@@ -21,6 +22,13 @@ PER_SAMPLE = ("sample_loss", "positives")  # of what `loss` returns, also where 
 @dataclasses.dataclass
 class NoOptions:
     """Configuration of a method that has no options."""
+
+
+@dataclasses.dataclass
+class CoreOptions:
+    """keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB."""
+
+    keep_mib: int = 64
 
 
 class Method(nn.Module):
@@ -71,6 +79,10 @@ class Method(nn.Module):
         Raises:
             ValueError: names the key of `model:` and what it has to be.
         """
+
+    def walk(self) -> Walk:
+        """How the core walks the logits of a method whose options are `CoreOptions` or more."""
+        return Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         """Per-sample tensors of one micro-batch, each with first dimension b.

@@ -4,7 +4,7 @@ A token between the first one and the end is chosen with a probability, by itsel
 ones half give way to the mask, a tenth to another token, and the rest are deleted: what follows
 moves up. These shares are those of ZeroVL's released program (arXiv 2112.09331). What is drawn is a
 function of the sample's seed and of the place in the text, so that neither ranks nor micro-batches
-nor the padding of a batch change a text.
+nor the padding of a batch change a text (`drawn`, which `losses._masking` shares).
 
 Other than there: a text is cut to the context first and altered then; all pieces of a word stay,
 where the program keeps at most three; and another token is a word, never a special token.
@@ -60,6 +60,27 @@ def vocabulary(text: Any) -> Vocabulary:
     return known
 
 
+def drawn(
+    text: Tensor, seed: Tensor, share: float, by_mask: float, known: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pieces of texts are chosen, and what may stand in their place.
+
+    Args:
+        text: (b, L) bool, what is text, from the first token up to and with the end.
+        seed: (b,) int64. share: probability that a piece between these two is chosen.
+        by_mask: the part of the chosen ones for which the mask stands in, else another word.
+
+    Returns:
+        chosen (b, L) bool; a uniform number for each, which is below `by_mask` where the mask
+        stands in; what stands in, (b, L) int64. None depends on how far the texts are padded.
+    """
+    inside = F.pad(text[:, 2:], (1, 1))  # a token follows, and one precedes
+    choice, how, word = uniform(seed, text.shape[1], 3).unbind(2)
+    first, last = known.words
+    other = first + (word.double() * (last - first)).long()
+    return inside & (choice < share), how, other.masked_fill(how < by_mask, known.mask)
+
+
 def altered(ids: Tensor, text: Tensor, seed: Tensor, share: float, known: Vocabulary) -> Tensor:
     """Texts with some of their pieces masked, replaced or deleted.
 
@@ -71,12 +92,8 @@ def altered(ids: Tensor, text: Tensor, seed: Tensor, share: float, known: Vocabu
     Returns:
         (b, L) int64, with as much more padding as pieces were deleted.
     """
-    inside = F.pad(text[:, 2:], (1, 1))  # a token follows, and one precedes
-    choice, how, word = uniform(seed, ids.shape[1], 3).unbind(2)
-    chosen = inside & (choice < share)
-    first, last = known.words
-    other = first + (word.double() * (last - first)).long()
-    ids = torch.where(chosen, other.masked_fill(how < BY_MASK, known.mask), ids)
+    chosen, how, instead = drawn(text, seed, share, BY_MASK, known)
+    ids = torch.where(chosen, instead, ids)
     gone = chosen & (how >= BY_MASK + BY_OTHER)
     order = gone.to(torch.uint8).argsort(dim=1, stable=True)
     return ids.masked_fill(gone, known.pad).gather(1, order)

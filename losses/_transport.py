@@ -40,7 +40,7 @@ class Kernel:
         keep_bytes: memory for stripes that are kept; the result does not depend on it.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, first: int, keep_bytes: int, elements: int = ELEMENTS):
+    def __init__(self, x: Tensor, y: Tensor, first: int, keep_bytes: int):
         self.x, self.y, self.first, self.budget = x, y, first, keep_bytes
         self.height = max(1, ELEMENTS // max(1, len(y)))  # does not change the result
         self.kept: dict[int, Tensor] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from losses._block import WALK, Walk
 from losses._core import contrast
 from losses._gather import Gather
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses._method import Method as Base
 
 DIRECTIONS = {"sum": 2, "mean": 1}
@@ -63,17 +63,15 @@ def align_loss(
 
 
 @dataclass
-class Config:
+class Config(CoreOptions):
     """smoothing: e, 0.1 as published.
 
     directions: "sum" of both, as published, for which published learning rates and bounds of the
     gradient hold, or their "mean", half of it, as our other methods have it.
-    keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB.
     """
 
     smoothing: float = 0.1
     directions: str = "sum"
-    keep_mib: int = 64
 
     def __post_init__(self) -> None:
         if self.directions not in DIRECTIONS:
@@ -90,8 +88,7 @@ class Method(Base):
     Config = Config
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
         image, text, scale = features["image"], features["text"], features["scale"][:1]
-        loss, sample_loss = align_loss(image, text, scale, self.cfg.smoothing, gather, walk)
+        loss, sample_loss = align_loss(image, text, scale, self.cfg.smoothing, gather, self.walk())
         factor = DIRECTIONS[self.cfg.directions]
         return {"contrastive_loss": factor * loss, "sample_loss": factor * sample_loss}

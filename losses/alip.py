@@ -27,11 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses import unicl
 from losses._block import WALK, Walk
-from losses._core import normalisers
+from losses._core import pair_losses
 from losses._gather import Gather
-from losses._method import Features, text_features
+from losses._method import CoreOptions, Features, text_features
 from losses._method import Method as Base
 
 # Equal texts have a cosine of 1 up to rounding, which is not below a mean of 1.
@@ -78,11 +77,8 @@ def weighted_clip(
         Scalar, the global loss, equal on every rank; w_i l_i (b,) without gradient. Gradients
         follow the convention of `losses._gather`.
     """
-    rows, columns = normalisers(image, text, scale, gather, walk=walk)
-    positive = scale.to(rows.dtype).reshape(()) * _cosines(image, text)
-    each = weights * (0.5 * (rows + columns) - positive)
-    count = sum(gather.sizes(len(image), image.device))
-    return gather.total(each.sum()) / max(count, 1), each.detach()
+    each = weights * pair_losses(image, text, scale, gather, walk=walk)
+    return gather.mean(each), each.detach()
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
@@ -92,8 +88,8 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass
-class Config(unicl.Config):
-    """Defaults: those of deepglint/ALIP; beside them UniCL's.
+class Config(CoreOptions):
+    """Defaults: those of deepglint/ALIP; beside them the core's.
 
     language, description: g_s and g_p; with both 0 all weights are 1. momentum: of the means.
     """
@@ -131,7 +127,7 @@ class Method(Base):
         cosines = torch.stack([_cosines(*pair) for pair in pairs])
         histories = self._remember(cosines, gather)
         weights = gate_weights(cosines, histories, self.cfg.language, self.cfg.description)
-        walk, out = Walk(self.cfg.keep_mib * 2**20, precision=self.precision), {"sample_loss": 0}
+        walk, out = self.walk(), {"sample_loss": 0}
         for name, weight in zip(self.texts, weights, strict=True):
             scale = features["scale"][:1]
             loss, each = weighted_clip(image, features[name], weight, scale, gather, walk)

@@ -33,29 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses import unicl
 from losses._block import Walk
-from losses._core import normalisers
+from losses._core import normalisers, pair_losses
 from losses._gather import Gather
 from losses._heads import Mlp
 from losses._masking import CLIP_IDS, guessed, mask_tokens
-from losses._method import Features, text_features
+from losses._method import CoreOptions, Features, text_features
 from losses._method import Method as Base
 from losses._queue import Queue
-
-
-def pairing(image: Tensor, text: Tensor, scale: Tensor, gather: Gather, walk: Walk) -> Tensor:
-    """pair(a, b) of each sample (b,): CLIP's loss is its mean over the samples of all ranks.
-
-    Two views cannot share a walk: the normalisers of a text over both views of the images would be
-    those of another loss. So four pairs are four walks, and each logit is computed once.
-
-    Args:
-        image, text: (b, D) of unit length. scale: (1,) multiplier of the cosines.
-        gather, walk: as for `losses._core.normalisers`.
-    """
-    over_texts, over_images = normalisers(image, text, scale, gather, walk=walk)
-    return 0.5 * (over_texts + over_images) - scale * (image * text).sum(1)
 
 
 def neighbour_loss(
@@ -67,7 +52,7 @@ def neighbour_loss(
 
     Args:
         images: (b, D) of each view, of unit length. neighbours: (b, D) of each text, no gradient.
-        scale, gather, walk: as for `pairing`.
+        scale: (1,) multiplier of the cosines. gather, walk: as for `losses._core.normalisers`.
     """
     rows, found = torch.cat(images), []
     for text in neighbours:
@@ -89,8 +74,8 @@ def simsiam(predictions: list[Tensor], projections: list[Tensor]) -> Tensor:
 
 
 @dataclass
-class Config(unicl.Config):
-    """Defaults: those of Sense-GVT/DeCLIP for YFCC15M; beside them UniCL's.
+class Config(CoreOptions):
+    """Defaults: those of Sense-GVT/DeCLIP for YFCC15M; beside them the core's.
 
     weighting: `released` or `paper`. contrastive: c (0.6 in the released ViT-B/32 of 88 million
     pairs). multi_view: m, of `paper` alone. self_supervision: w. neighbours: v. queue: features of
@@ -174,10 +159,12 @@ class Method(Base):
         views = [features[name] for name in self.images]
         images = [F.normalize(view, dim=1) for view in views]
         texts = [features[name] for name in self.texts]
-        walk = Walk(keep_bytes=cfg.keep_mib * 2**20, precision=self.precision)
+        walk = self.walk()
         scale = features["scale"][:1]
+        # Two views cannot share a walk: the normalisers of a text over both views of the images
+        # would be those of another loss. So four pairs are four walks, each logit computed once.
         pairs = [(image, text) for image in images for text in texts]
-        pairings = [pairing(*pair, scale, gather, walk) for pair in pairs]
+        pairings = [pair_losses(*pair, scale, gather, walk=walk) for pair in pairs]
         projections = [self.projector(view, gather) for view in views]
         predictions = [self.predictor(projection, gather) for projection in projections]
         masked = gather.sum_(features["masked_count"].detach().sum()).clamp(min=1)

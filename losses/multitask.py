@@ -4,16 +4,14 @@ The multi-task baseline (ii) of UniCL (arXiv 2204.03610), section "Benefit of im
 image-text": the two kinds of data share the image tower but not the objective.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from losses import cross_entropy
 from losses._block import WALK, Walk
-from losses._core import normalisers
+from losses._core import pair_losses
 from losses._gather import Gather
-from losses._method import Features, text_features, zero_like_graph
+from losses._method import CoreOptions, Features, text_features, zero_like_graph
 
 
 def pairs_loss(
@@ -41,24 +39,16 @@ def pairs_loss(
     """
     pair = labels < 0
     exclude = (~pair).long(), pair.long()
-    rows, columns = normalisers(image, text, scale, gather, exclude, walk)
-    positive = scale.to(rows.dtype) * (image.to(rows.dtype) * text.to(rows.dtype)).sum(1)
-    sample_loss = (0.5 * (rows + columns) - positive).masked_fill(~pair, 0)
+    each = pair_losses(image, text, scale, gather, exclude=exclude, walk=walk)
+    sample_loss = each.masked_fill(~pair, 0)
     count = gather.sum_(pair.sum()).clamp(min=1)
     return gather.total(sample_loss.sum()) / count, sample_loss.detach()
-
-
-@dataclass
-class Config:
-    """keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB."""
-
-    keep_mib: int = 64
 
 
 class Method(cross_entropy.Method):
     """Sum of the two means, each over its own part of the global batch."""
 
-    Config = Config
+    Config = CoreOptions
     needs_pairs = True
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
@@ -73,9 +63,8 @@ class Method(cross_entropy.Method):
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         out = super().loss(features, labels, gather)
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
         image, text, scale = features["image"], features["text"], features["scale"][:1]
-        loss, of_pairs = pairs_loss(image, text, labels, scale, gather, walk)
+        loss, of_pairs = pairs_loss(image, text, labels, scale, gather, self.walk())
         out["sample_loss"] = torch.where(labels < 0, of_pairs.float(), out["sample_loss"])
         out["contrastive_loss"] = loss + zero_like_graph(features)
         return out

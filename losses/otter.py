@@ -171,9 +171,8 @@ class Method(Base):
         return min(self.cfg.momentum, (1 + number) / (10 + number))
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
         second = self._second_scale() if self.cfg.form == "released" else None
-        loss, sample_loss, entropy = otter_loss(features, self.cfg, gather, second, walk)
+        loss, sample_loss, entropy = otter_loss(features, self.cfg, gather, second, self.walk())
         return {"contrastive_loss": loss, "sample_loss": sample_loss, "target_entropy": entropy}
 
     def _second_scale(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from losses._block import WALK, Block, Classes, Walk
 from losses._core import global_labels
 from losses._gather import Gather
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses._method import Method as Base
 
 
@@ -53,14 +53,13 @@ def siglip_loss(
 
 
 @dataclass
-class Config:
+class Config(CoreOptions):
     """bias_init: where b starts; -10 in the paper, so that the many negatives cost little at first.
 
-    keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB.
+    Beside it those of the core.
     """
 
     bias_init: float = -10.0
-    keep_mib: int = 64
 
 
 class Method(Base):
@@ -74,7 +73,6 @@ class Method(Base):
         self.bias = nn.Parameter(torch.full((1,), float(cfg.bias_init)))
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
         image, text, scale = features["image"], features["text"], features["scale"][:1]
-        loss = siglip_loss(image, text, labels, scale, self.bias, gather, walk)
+        loss = siglip_loss(image, text, labels, scale, self.bias, gather, self.walk())
         return {"contrastive_loss": loss}

@@ -24,7 +24,7 @@ from losses._block import WALK, Walk
 from losses._core import normalisers
 from losses._gather import Gather
 from losses._heads import Mlp
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses._method import Method as Base
 
 
@@ -54,7 +54,7 @@ def nt_xent(
     scale = views.new_full((), 1 / temperature)
     row_lse, _ = normalisers(views, views, scale, gather, (itself, itself), walk)
     each = row_lse.view(2, len(first)).mean(0) - (first * second).sum(1) / temperature
-    return gather.total(each.sum()) / max(sum(sizes), 1), each.detach()
+    return gather.mean(each), each.detach()
 
 
 def project(head: Mlp, pooled: Tensor, gather: Gather) -> Tensor:
@@ -63,18 +63,16 @@ def project(head: Mlp, pooled: Tensor, gather: Gather) -> Tensor:
 
 
 @dataclass
-class Config:
+class Config(CoreOptions):
     """Defaults: those of SimCLR in facebookresearch/SLIP.
 
     temperature: divides the cosines. hidden: width of the head's two hidden layers. projection:
-    width of its output. keep_mib: memory per rank for logits that a CPU keeps for the backward
-    pass, in MiB.
+    width of its output.
     """
 
     temperature: float = 0.1
     hidden: int = 4096
     projection: int = 256
-    keep_mib: int = 64
 
 
 class Method(Base):
@@ -93,6 +91,5 @@ class Method(Base):
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         first, second = (project(self.head, features[name], gather) for name in self.images)
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
-        loss, each = nt_xent(first, second, self.cfg.temperature, gather, walk)
+        loss, each = nt_xent(first, second, self.cfg.temperature, gather, self.walk())
         return {"contrastive_loss": loss, "sample_loss": each}

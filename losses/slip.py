@@ -13,17 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from losses import clip, unicl
-from losses._block import Walk
+from losses import clip
 from losses._gather import Gather
 from losses._heads import Mlp
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses.simclr import nt_xent, project
 
 
 @dataclass
-class Config(unicl.Config):
-    """Defaults: those of facebookresearch/SLIP; beside them UniCL's.
+class Config(CoreOptions):
+    """Defaults: those of facebookresearch/SLIP; beside them the core's.
 
     weight: of the self-supervised term. temperature: divides its cosines. hidden: width of the two
     hidden layers of its head. projection: width of the head's output.
@@ -55,8 +54,7 @@ class Method(clip.Method):
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
         out = super().loss(features, labels, gather)
         first, second = (project(self.head, features[name], gather) for name in self.images[1:])
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
-        loss, each = nt_xent(first, second, self.cfg.temperature, gather, walk)
+        loss, each = nt_xent(first, second, self.cfg.temperature, gather, self.walk())
         out["simclr_loss"] = self.cfg.weight * loss
         out["sample_loss"] = out["sample_loss"] + self.cfg.weight * each
         return out

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from losses._block import WALK, Block, Classes, Walk
 from losses._core import global_labels
 from losses._gather import Gather
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses._method import Method as Base
 
 
@@ -67,15 +67,11 @@ def supcon_loss(
 
 
 @dataclass
-class Config:
-    """temperature: 0.1 in SupContrast's recipes. projection: width of the head's output.
-
-    keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB.
-    """
+class Config(CoreOptions):
+    """temperature: 0.1 in SupContrast's recipes. projection: width of the head's output."""
 
     temperature: float = 0.1
     projection: int = 128
-    keep_mib: int = 64
 
 
 class Method(Base):
@@ -101,7 +97,8 @@ class Method(Base):
         return {"first": views[0], "second": views[1]}
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
         first, second, temperature = features["first"], features["second"], self.cfg.temperature
-        loss, sample_loss, positives = supcon_loss(first, second, labels, temperature, gather, walk)
+        loss, sample_loss, positives = supcon_loss(
+            first, second, labels, temperature, gather, self.walk()
+        )
         return {"contrastive_loss": loss, "sample_loss": sample_loss, "positives": positives}

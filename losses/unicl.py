@@ -11,15 +11,13 @@ Algorithm 1 averages over rows and halves the sum of both directions, that is
 L = L_BiC / (2 |B|); this is the form implemented. An image-text pair is its own only positive.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from losses import _mixing
 from losses._core import Contrast, contrast
 from losses._gather import Gather
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses._method import Method as Base
 
 
@@ -46,17 +44,10 @@ def unicl_loss(
     return contrast(image_features, text_features, labels, scale, Gather(group)).loss
 
 
-@dataclass
-class Config:
-    """keep_mib: memory per rank for logits that a CPU keeps for the backward pass, in MiB."""
-
-    keep_mib: int = 64
-
-
 class Method(Base):
     """UniCL over image-label and image-text samples alike."""
 
-    Config = Config
+    Config = CoreOptions
     mixes = True
 
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:

@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses import unicl
 from losses._block import WALK, Walk
-from losses._core import normalisers
+from losses._core import pair_losses
 from losses._gather import Gather
-from losses._method import Features
+from losses._method import CoreOptions, Features
 from losses._method import Method as Base
 from losses._mixing import blended
 from losses._pieces import altered, vocabulary
@@ -71,15 +70,13 @@ def mixed_pairs_loss(
     Returns:
         Scalar, equal on every rank; (b,) without gradient, whose mean over all ranks is the loss.
     """
-    over_texts, over_images = normalisers(image, text, scale, gather, walk=walk)
-    each = 0.5 * (over_texts + over_images) - scale * (image * target).sum(1)
-    count = sum(gather.sizes(len(image), image.device))
-    return gather.total(each.sum()) / max(count, 1), each.detach()
+    each = pair_losses(image, text, scale, gather, target, walk=walk)
+    return gather.mean(each), each.detach()
 
 
 @dataclass
-class Config(unicl.Config):
-    """Defaults: those of the released program; beside them UniCL's.
+class Config(CoreOptions):
+    """Defaults: those of the released program; beside them the core's.
 
     alpha: of the Beta distribution of the coefficient, in (0, 1]. altered: probability that a word
     piece is masked, replaced or deleted.
@@ -121,7 +118,8 @@ class Method(Base):
         }
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        walk = Walk(self.cfg.keep_mib * 2**20, precision=self.precision)
         image, text, target = (features[name] for name in ("image", "text", "target"))
-        loss, each = mixed_pairs_loss(image, text, target, features["scale"][:1], gather, walk)
+        loss, each = mixed_pairs_loss(
+            image, text, target, features["scale"][:1], gather, self.walk()
+        )
         return {"contrastive_loss": loss, "sample_loss": each}

@@ -92,8 +92,8 @@ class Cell:
         path = self.run / "config.yaml"
         if not path.is_file():
             return {}
-        was = _flat(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
-        now = _flat(OmegaConf.to_container(self.cfg, resolve=True))
+        was = identity.flat(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        now = identity.flat(OmegaConf.to_container(self.cfg, resolve=True))
         keys = [key for key in [*now, *(was.keys() - now.keys())] if not identity.is_free(key)]
         return {k: (was.get(k), now.get(k)) for k in keys if was.get(k) != now.get(k)}
 
@@ -181,13 +181,3 @@ def _json(path: Path) -> dict:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

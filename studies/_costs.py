@@ -1,9 +1,9 @@
 """What an arm costs: samples per CPU second, memory, parameters."""
 
-import json
 import math
-import struct
 from dataclasses import dataclass
+
+from safetensors import safe_open
 
 from studies._cells import Cell
 
@@ -45,9 +45,6 @@ def cost_of(cells: list[Cell]) -> Cost:
 
 def parameters(cell: Cell) -> int:
     """Numbers in the model of a cell's checkpoint, from the head of its safetensors file."""
-    with open(cell.checkpoint() / "model.safetensors", "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        head = json.loads(file.read(size))
-    return sum(
-        math.prod(entry["shape"]) for name, entry in head.items() if name.startswith("model.")
-    )
+    with safe_open(cell.checkpoint() / "model.safetensors", "numpy") as file:
+        names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)

@@ -78,7 +78,7 @@ FOREIGN = {  # beyond the standard library
         "ftfy",
         "tokenizers",
     },
-    "studies": {"numpy", "omegaconf", "scipy"},
+    "studies": {"numpy", "omegaconf", "safetensors", "scipy"},
 }
 # Names that would hide an installed package when train.py puts this folder first on the path.
 SHADOWS = {"datasets", "tokenizers", "accelerate", "wandb", "timm", "torch", "transformers"}

@@ -20,15 +20,7 @@ IDENTITY = {"train.global_batch": BATCH}
 def start(name, stage, world_size, pieces=1, bf16=False):
     """A DeepSpeed engine around method `name` that shards even the smallest weight."""
     module = build(name)
-    config = {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": BATCH // (world_size * pieces),
-        "gradient_accumulation_steps": pieces,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": bf16},
-        "steps_per_print": 10**9,
-    }
+    config = tiny.deepspeed_settings(BATCH, stage, world_size, pieces, bf16)
     if stage == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     optimizer = optim.build(module.model, module.method, tiny.OPTIM)

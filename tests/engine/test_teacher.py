@@ -49,15 +49,8 @@ def build(drop_path=0.0, decay=DECAY, model=MODEL):
 def start(stage, world_size, pieces=1, bf16=False, decay=DECAY):
     """A DeepSpeed engine around `build` that shards even the smallest weight."""
     module = build(decay=decay)
-    config = {
-        "train_batch_size": BATCH,
-        "train_micro_batch_size_per_gpu": BATCH // (world_size * pieces),
-        "gradient_accumulation_steps": pieces,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "bf16": {"enabled": bf16},
-        "steps_per_print": 10**9,
-    }
+    config = tiny.deepspeed_settings(BATCH, stage, world_size, pieces, bf16)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     optimizer = optim.build(module.model, module.method, tiny.OPTIM)
     return deepspeed_engine.initialise(module, optimizer, config, torch.device("cpu"))
 

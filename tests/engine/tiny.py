@@ -52,14 +52,9 @@ def cut(batch, part, parts):
 OPTIM = OptimConfig(lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.1)
 
 
-def train(
-    rank, world_size, stage, pieces, name="unicl", steps=3, size=12, bf16=False, drop_path=0.0,
-    kept=None, offload=False,
-):  # fmt: skip
-    """Weights after `steps` steps of the engine on this rank's share of each batch."""
-    module = build(name, drop_path)
-    optimizer = optim.build(module.model, module.method, OPTIM)
-    config = {
+def deepspeed_settings(size, stage, world_size, pieces=1, bf16=False):
+    """A complete DeepSpeed configuration for global batches of `size`."""
+    return {
         "train_batch_size": size,
         "train_micro_batch_size_per_gpu": size // (world_size * pieces),
         "gradient_accumulation_steps": pieces,
@@ -68,6 +63,16 @@ def train(
         "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
     }
+
+
+def train(
+    rank, world_size, stage, pieces, name="unicl", steps=3, size=12, bf16=False, drop_path=0.0,
+    kept=None, offload=False,
+):  # fmt: skip
+    """Weights after `steps` steps of the engine on this rank's share of each batch."""
+    module = build(name, drop_path)
+    optimizer = optim.build(module.model, module.method, OPTIM)
+    config = deepspeed_settings(size, stage, world_size, pieces, bf16)
     if offload:  # as in the shipped file
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         config["zero_force_ds_cpu_optimizer"] = False
