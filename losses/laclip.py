@@ -3,7 +3,7 @@ arXiv 2305.20088).
 
 Every image has M + 1 texts, its caption and M rewrites of it, each made in the style of one of M
 examples. LaCLIP draws one of them in each step, and its loss is CLIP's: that is `loss.name=clip`
-with a recipe of captions (`configs/laclip_vit_base_gcc3m.yaml`). The form here takes all of them:
+with a recipe of captions (`configs/laclip_vit_base_gcc12m.yaml`). The form here takes all of them:
 
     L_MT = 1/(M + 1) sum_m CLIP(images, texts m)
 
