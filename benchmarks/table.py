@@ -42,8 +42,9 @@ GPU_KEYS = ("towers", "crop", "B", "micro_batch", "micro_batches", "compile", "s
 GPU_PAGES = ("gpu_loss", "gpu_step", "gpu_end_to_end")
 GPU_HEAD = """# On one GPU
 
-Each benchmark begins no row behind its budget (`--budget`, 220 seconds by default; `--only SECTION`)
-and writes a row as soon as it is measured. Nothing here compares with the rows above, which a CPU made.
+Each benchmark begins no row behind its budget (`--budget`, 220 seconds by default; `--only SECTION`
+for a part) and writes a row as soon as it is measured. Nothing here compares with the rows above,
+which a CPU made.
 `make gpu-check` tells whether a machine's GPU computes what it should.
 """
 
