@@ -21,7 +21,7 @@ from loaders.errors import ConfigError
 
 
 def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> None:
-    """Compile both towers of a `models.two_tower.TwoTower`, in place, at their first call.
+    """Compile both towers of a `models.base.Model`, in place, at their first call.
 
     Args:
         zero_stage: the one of DeepSpeed's configuration. device: what the towers will run on.

@@ -88,7 +88,7 @@ class Method(nn.Module):
         """Per-sample tensors of one micro-batch, each with first dimension b.
 
         Args:
-            model: a two-tower model (`encode_image`, `encode_text`, `scale`).
+            model: a `models.base.Model` (`encode_image`, `encode_text`, `scale`).
             batch: tensors on the device, described in docs/design.md ("Batch").
 
         Returns:
@@ -168,7 +168,7 @@ def text_features(model: nn.Module, batch: dict[str, Tensor] | Tensor, view: int
     if isinstance(batch, Tensor):
         return model.encode_text(batch)["feature"]
     # With dropout equal texts get masks of their own.
-    if "distinct_text" not in batch or (model.training and model.text.has_dropout):
+    if "distinct_text" not in batch or (model.training and model.text_has_dropout):
         return model.encode_text(batch["text"][:, view])["feature"]
     distinct = model.encode_text(batch["distinct_text"][view])["feature"]
     return distinct[batch["text_index"][:, view]]

@@ -141,7 +141,7 @@ class Method(Base):
             for view, name in enumerate(self.images)
         }
         ids = batch["text"][:, 0]
-        masked, chosen = mask_tokens(ids, model.text.mask(ids), batch["seed"])
+        masked, chosen = mask_tokens(ids, model.text_mask(ids), batch["seed"])
         caption = model.encode_text(masked)
         sums, counts = guessed(self.head, caption["tokens"], ids, chosen)
         return {

@@ -105,7 +105,7 @@ class Method(Base):
     def encode(self, model: nn.Module, batch: dict[str, Tensor]) -> Features:
         of_image, of_text = shares(batch["step_seed"][:1], self.cfg.alpha)
         ids, known = batch["text"][:, 0], vocabulary(model.cfg.text)
-        ids = altered(ids, model.text.mask(ids), batch["seed"], self.cfg.altered, known)
+        ids = altered(ids, model.text_mask(ids), batch["seed"], self.cfg.altered, known)
         text = blended(model.encode_text(ids)["projected"], of_text)
         text = text / (text.norm(dim=1, keepdim=True) + EPS)
         image = model.encode_image(blended(batch["image"][:, 0], of_image))["feature"]

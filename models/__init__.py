@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from models.base import Model
     from models.config import ModelConfig
-    from models.two_tower import TwoTower
+
+# `model.kind` -> where its class is; loaded when it is built.
+KINDS = {"two_tower": ("models.two_tower", "TwoTower")}
 
 
-def build(cfg: ModelConfig | Mapping[str, Any]) -> TwoTower:
-    """Build an initialised two-tower model from the `model:` section of a run's configuration.
+def build(cfg: ModelConfig | Mapping[str, Any]) -> Model:
+    """Build an initialised model from the `model:` section of a run's configuration.
 
     Args:
         cfg: a `ModelConfig`, or a nested mapping with the same keys.
@@ -21,6 +25,7 @@ def build(cfg: ModelConfig | Mapping[str, Any]) -> TwoTower:
             the configured image size.
     """
     from models.config import ModelConfig
-    from models.two_tower import TwoTower
 
-    return TwoTower(cfg if isinstance(cfg, ModelConfig) else ModelConfig.from_dict(cfg))
+    cfg = cfg if isinstance(cfg, ModelConfig) else ModelConfig.from_dict(cfg)
+    module, name = KINDS[cfg.kind]
+    return getattr(importlib.import_module(module), name)(cfg)

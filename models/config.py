@@ -16,6 +16,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
+KINDS = ("two_tower",)
+SIMILARITIES = ("cosine",)
 TEXT_TOWERS = ("transformer", "hf")
 HF_POOLINGS = ("first", "mean")
 
@@ -131,6 +133,9 @@ class TextConfig(_Section):
 class ModelConfig(_Section):
     """The whole model.
 
+    `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
+    compared: by the cosine of their features, wherever a model is used.
+
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
     `logit_scale_max` bound the multiplier itself (CLIP: at most 100); None means no bound.
@@ -142,6 +147,8 @@ class ModelConfig(_Section):
     logit_scale_init: float = 1.0
     logit_scale_min: float | None = None
     logit_scale_max: float | None = None
+    kind: str = "two_tower"
+    similarity: str = "cosine"
 
     where = "model"
 
@@ -151,6 +158,9 @@ class ModelConfig(_Section):
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
         self._require_positive("embed_dim")
+        for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
+            value = getattr(self, name)
+            _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(

@@ -22,6 +22,7 @@ from loaders.errors import ConfigError, run_cli
 from loaders.specs import as_path
 
 if TYPE_CHECKING:
+    from models.config import ModelConfig
     from models.loaded_run import LoadedRun
 
 FORMATS = ("pt", "safetensors", "open_clip", "hf", "timm")
@@ -58,12 +59,28 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     from models import weights
 
     run, write = weights.load_run(checkpoint), writer(format_name)
+    _refuse_inexpressible(run.model.cfg, format_name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return write(run, folder)
     except BaseException:
         shutil.rmtree(folder)
         raise
+
+
+def _refuse_inexpressible(cfg: ModelConfig, format_name: str) -> None:
+    """Name the setting of a model that other libraries have nothing like."""
+    foreign = {
+        "kind": ("two_tower", "open_clip", "hf", "timm"),
+        "similarity": ("cosine", "open_clip", "hf"),
+    }
+    for name, (usual, *formats) in foreign.items():
+        value = getattr(cfg, name)
+        if value != usual and format_name in formats:
+            raise ConfigError(
+                f"--format {format_name} cannot express model.{name}={value}, only {usual}; use "
+                "--format safetensors or pt, which `models.weights.load` reads"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.two_tower import TwoTower
+from models.base import Model
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LoadedRun:
     folder's or the file's stem.
     """
 
-    model: TwoTower
+    model: Model
     cfg: dict[str, Any]
     step: int | None
     checkpoint_hash: str

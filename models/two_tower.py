@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower, lift_zero_dim
 from models.text_hf import HuggingFaceTower
@@ -16,59 +14,26 @@ from models.text_transformer import INIT_STD, TransformerTower
 TEXT_TOWERS = {"transformer": TransformerTower, "hf": HuggingFaceTower}
 
 
-class _Bounded(torch.autograd.Function):
-    """Clamp whose gradient vanishes only where a step of descent would lead further outside.
-
-    torch's clamp has no gradient outside at all: a temperature that once overshot would stay.
-    """
-
-    @staticmethod
-    def forward(ctx, values: Tensor, low: float | None, high: float | None) -> Tensor:
-        ctx.save_for_backward(values)
-        ctx.bounds = (-math.inf if low is None else low, math.inf if high is None else high)
-        return values.clamp(*ctx.bounds)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (values,) = ctx.saved_tensors
-        low, high = ctx.bounds
-        outwards = ((values > high) & (gradient < 0)) | ((values < low) & (gradient > 0))
-        return gradient.masked_fill(outwards, 0.0), None, None
-
-
-class TwoTower(nn.Module):
+class TwoTower(Model):
     """Image and text encoders with bias-free linear projections to a shared unit sphere.
 
-    Source: microsoft/UniCL, model/model.py. Every parameter but `logit_scale` belongs to a
-    submodule that is called, so that ZeRO-3 can gather it. No parameter or buffer is 0-D:
-    DeepSpeed's first broadcast refuses those.
+    Source: microsoft/UniCL, model/model.py.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         self.image = TimmTower(cfg.image)
         self.text = TEXT_TOWERS[cfg.text.name](cfg.text)
         lift_zero_dim(self.text)
-        self.image_width: int = self.image.width
-        self.text_width: int = self.text.width
-        self.embed_dim: int = cfg.embed_dim
+        self.image_width = self.image.width
+        self.text_width = self.text.width
         self.image_projection = nn.Linear(self.image_width, cfg.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text_width, cfg.embed_dim, bias=False)
         nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
         nn.init.trunc_normal_(self.text_projection.weight, std=INIT_STD)
-        self.logit_scale = nn.Parameter(torch.full((1,), float(cfg.logit_scale_init)))
 
     def encode_image(self, images: Tensor) -> dict[str, Tensor]:
-        """Encode normalised images.
-
-        Args:
-            images: (b, 3, H, W) float; cast to the weights' type.
-
-        Returns:
-            feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
-            pooled: (b, image_width) before the projection; tokens: (b, N, W) before pooling.
-        """
+        """As `Model.encode_image`; tokens are those of the trunk."""
         pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
         projected = self.image_projection(pooled).float()
         return {
@@ -79,17 +44,7 @@ class TwoTower(nn.Module):
         }
 
     def encode_text(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Encode token ids.
-
-        Args:
-            input_ids: (b, L) int64.
-
-        Returns:
-            feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
-            pooled: (b, text_width) before the projection; tokens: (b, L', text_width), where L'
-            is L in training, and else the longest text of the batch; mask: (b, L') bool, True
-            where a token is text, up to and with its end token.
-        """
+        """As `Model.encode_text`."""
         pooled, tokens = self.text(input_ids)
         projected = self.text_projection(pooled).float()
         return {
@@ -97,25 +52,17 @@ class TwoTower(nn.Module):
             "projected": projected,
             "pooled": pooled,
             "tokens": tokens,
-            "mask": self.text.mask(input_ids[:, : tokens.shape[1]]),
+            "mask": self.text_mask(input_ids[:, : tokens.shape[1]]),
         }
 
-    def scale(self) -> Tensor:
-        """The multiplier exp(logit_scale), shape (1,), float32, within `logit_scale_min` and
-        `logit_scale_max`.
+    @property
+    def text_has_dropout(self) -> bool:
+        """As `Model.text_has_dropout`."""
+        return self.text.has_dropout
 
-        The bounds are applied here and not to the stored value: an optimizer with float32 master
-        weights would undo an in-place clamp. Beyond a bound the gradient is that of the bound
-        where it leads back inside, and zero where it leads further out.
-        """
-        bounds = (self.cfg.logit_scale_min, self.cfg.logit_scale_max)
-        low, high = (None if bound is None else math.log(bound) for bound in bounds)
-        return _Bounded.apply(self.logit_scale.float(), low, high).exp()
-
-    def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit-length image features (b, D), text features (b, D) and the multiplier (1,)."""
-        image, text = self.encode_image(images), self.encode_text(input_ids)
-        return image["feature"], text["feature"], self.scale()
+    def text_mask(self, input_ids: Tensor) -> Tensor:
+        """As `Model.text_mask`."""
+        return self.text.mask(input_ids)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in both towers: activations are recomputed in the backward."""
@@ -135,6 +82,6 @@ class TwoTower(nn.Module):
         list of keywords on, so whether its tables decayed depends on an optimizer that was not
         released; Swin's own recipe, and this method, exempt them.
         """
-        names = {"logit_scale"}
+        names = super().no_weight_decay()
         names |= {f"image.{name}" for name in self.image.no_weight_decay()}
         return names | {f"text.{name}" for name in self.text.no_weight_decay()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loaders.errors import DataError
+from models.base import Model
 from models.formats import (
     checkpoint_layout,
     official_unicl,
@@ -19,7 +20,6 @@ from models.formats import (
     weight_files,
 )
 from models.loaded_run import LoadedRun
-from models.two_tower import TwoTower
 
 # Weights of a folder, in open_clip's own order (open_clip/factory.py, _find_checkpoint_in_dir), and
 # the indexes of sharded ones, as DeepSpeed's zero_to_fp32.py and transformers write them.
@@ -123,13 +123,13 @@ def _load_clip(path: Path, state: dict[str, Tensor], name: str) -> LoadedRun:
     return _loaded(open_clip.build(state, config, folder), path, name)
 
 
-def _loaded(model: TwoTower, path: Path, name: str, step: int | None = None) -> LoadedRun:
+def _loaded(model: Model, path: Path, name: str, step: int | None = None) -> LoadedRun:
     _refuse_non_finite(model, path)
     cfg = {"name": name, "model": dataclasses.asdict(model.cfg)}
     return LoadedRun(model, cfg, step, weight_files.digest(path), path, name)
 
 
-def _refuse_non_finite(model: TwoTower, path: Path) -> None:
+def _refuse_non_finite(model: Model, path: Path) -> None:
     names = [
         name
         for name, value in model.state_dict().items()
@@ -143,7 +143,7 @@ def _refuse_non_finite(model: TwoTower, path: Path) -> None:
         )
 
 
-def load_official_unicl(path: str | Path, allow_partial: bool = False) -> TwoTower:
+def load_official_unicl(path: str | Path, allow_partial: bool = False) -> Model:
     """Load a released UniCL checkpoint (`.pth`), of microsoft/UniCL or K-LITE/ELEVATER naming.
 
     The architecture (Swin-T or Swin-B, text width and depth, vocabulary, embedding size) comes
@@ -201,7 +201,7 @@ def load_run(path: str | Path) -> LoadedRun:
     return LoadedRun(model, cfg, int(step.group(1)), digest, checkpoint, name)
 
 
-def _fit(model: TwoTower, state: dict[str, Tensor], weights: Path, config: Path) -> None:
+def _fit(model: Model, state: dict[str, Tensor], weights: Path, config: Path) -> None:
     """Load a run's weights into the model of its configuration; evaluation mode."""
     try:
         model.load_state_dict(state)

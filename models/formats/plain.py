@@ -16,12 +16,12 @@ from torch import Tensor
 
 import models
 from loaders.errors import ConfigError, DataError
+from models.base import Model
 from models.config import INTERPOLATION, ModelConfig
 from models.formats import writing
 from models.formats.weight_files import EXPORT_KEYS, EXPORT_METADATA
 from models.loaded_run import LoadedRun
 from models.provenance import training_git
-from models.two_tower import TwoTower
 
 
 def write_pt(run: LoadedRun, folder: Path) -> str:
@@ -64,7 +64,7 @@ def facts(run: LoadedRun) -> dict[str, Any]:
     return {**dict(zip(EXPORT_KEYS, values, strict=True)), "training_git": training_git(run)}
 
 
-def build(state: dict[str, Tensor], stored: dict[str, Any], path: Path) -> TwoTower:
+def build(state: dict[str, Tensor], stored: dict[str, Any], path: Path) -> Model:
     """The model of such a file, in evaluation mode.
 
     Args:

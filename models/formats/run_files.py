@@ -11,8 +11,8 @@ import yaml
 import models
 from loaders.errors import ConfigError, DataError
 from models import plain_yaml
+from models.base import Model
 from models.config import ModelConfig
-from models.two_tower import TwoTower
 
 WEIGHTS = "model.safetensors"
 STEP = re.compile(r"step_(\d+)")
@@ -109,7 +109,7 @@ def config_for(path: Path) -> Path:
     )
 
 
-def read(config: Path) -> tuple[dict[str, Any], TwoTower]:
+def read(config: Path) -> tuple[dict[str, Any], Model]:
     """A run's configuration, and its model without starting weights.
 
     Raises:
