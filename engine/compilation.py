@@ -36,9 +36,8 @@ def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> N
     torch._inductor.config.fallback_random = True
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
     _try_compiler(device)
-    model.image.compile(dynamic=False)
-    # Not the whole text tower, which outside of training reads the longest length from the device.
-    model.text.encoder.compile(dynamic=True)
+    for part, dynamic in model.compiled_parts():
+        part.compile(dynamic=dynamic)
 
 
 def cache_folder() -> Path:

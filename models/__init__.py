@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from models.base import Model
     from models.config import ModelConfig
 
-# `model.kind` -> where its class is; loaded when it is built.
-KINDS = {"two_tower": ("models.two_tower", "TwoTower")}
+# `model.kind`, or it and `model.text.name` -> where its class is; loaded when it is built.
+KINDS = {
+    "two_tower": ("models.two_tower", "TwoTower"),
+    ("one_tower", "transformer"): ("models.joint_tower", "JointTower"),
+}
 
 
 def build(cfg: ModelConfig | Mapping[str, Any]) -> Model:
@@ -27,5 +30,5 @@ def build(cfg: ModelConfig | Mapping[str, Any]) -> Model:
     from models.config import ModelConfig
 
     cfg = cfg if isinstance(cfg, ModelConfig) else ModelConfig.from_dict(cfg)
-    module, name = KINDS[cfg.kind]
+    module, name = KINDS.get(cfg.kind) or KINDS[cfg.kind, cfg.text.name]
     return getattr(importlib.import_module(module), name)(cfg)

@@ -104,6 +104,22 @@ class Model(nn.Module):
         image, text = self.encode_image(images), self.encode_text(input_ids)
         return image["feature"], text["feature"], self.scale()
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts whose sizes a plan tells, by name; what reads images comes first."""
+        raise NotImplementedError
+
+    def compiled_parts(self) -> list[tuple[nn.Module, bool]]:
+        """What `train.compile` compiles, in place, and whether the shapes of its inputs vary."""
+        raise NotImplementedError
+
+    def image_encoder(self) -> nn.Module:
+        """A copy of what encodes images, to be trained by itself: (b, 3, H, W) -> `projected`.
+
+        Every parameter of it takes part; its `no_weight_decay()` names those that do not decay,
+        beside norms and biases.
+        """
+        raise NotImplementedError
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: activations are recomputed in the backward pass."""
         raise NotImplementedError

@@ -16,7 +16,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
-KINDS = ("two_tower",)
+KINDS = ("two_tower", "one_tower")
+ONE_TOWER_TEXTS = ("transformer",)
 SIMILARITIES = ("cosine",)
 TEXT_TOWERS = ("transformer", "hf")
 HF_POOLINGS = ("first", "mean")
@@ -87,7 +88,8 @@ class TextConfig(_Section):
     """Text tower: `transformer` (CLIP's, as UniCL uses it) or `hf` (a Hugging Face encoder).
 
     `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
-    from its own configuration. `hf_name` is a model name or folder; `hf_config` is a mapping with
+    from its own configuration. In `kind: one_tower` (see `ModelConfig`) `transformer` is no tower
+    but words for the one there is. `hf_name` is a model name or folder; `hf_config` is a mapping with
     `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights and
     a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens that
     are not padding.
@@ -134,7 +136,10 @@ class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
-    compared: by the cosine of their features, wherever a model is used.
+    compared: by the cosine of their features, wherever a model is used. In `one_tower` with
+    `text.name: transformer` words go through the blocks of the image trunk, whose width, layers and
+    heads the text section repeats; `two_projections` gives images and texts one each (two towers
+    always have that).
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -149,6 +154,7 @@ class ModelConfig(_Section):
     logit_scale_max: float | None = None
     kind: str = "two_tower"
     similarity: str = "cosine"
+    two_projections: bool = False
 
     where = "model"
 
@@ -161,6 +167,7 @@ class ModelConfig(_Section):
         for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
             _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
+        self._check_kind()
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(
@@ -171,6 +178,25 @@ class ModelConfig(_Section):
         _require(
             low is None or high is None or low < high,
             f"{self.where}.logit_scale_min={low!r} must be less than logit_scale_max={high!r}",
+        )
+
+    def _check_kind(self) -> None:
+        text, one = self.text, self.kind == "one_tower"
+        _require(
+            not one or text.name in ONE_TOWER_TEXTS,
+            f"{self.where}.kind=one_tower has no text tower of its own: {text.where}.name must be "
+            f"one of {ONE_TOWER_TEXTS}, got {text.name!r}",
+        )
+        joint = one and text.name == "transformer"
+        _require(
+            not joint or text.tokenizer == "clip",
+            f"{self.where}.kind=one_tower leaves padding out by the end token of {text.where}."
+            f"tokenizer=clip, the one it knows, got {text.tokenizer!r}",
+        )
+        _require(
+            joint or not self.two_projections,
+            f"{self.where}.two_projections belongs to kind: one_tower with {text.where}.name: "
+            "transformer; leave it out, two towers have a projection each",
         )
 
     def without_pretrained(self) -> ModelConfig:

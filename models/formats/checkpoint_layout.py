@@ -34,7 +34,10 @@ WRAPPER = re.compile(
 MARKERS = (
     "logit_scale", "image_encoder.patch_embed.proj.weight", "visual.patch_embed.proj.weight",
 )  # fmt: skip
-OURS = ("logit_scale", "image_projection.weight", "text_projection.weight")
+OURS = (
+    ("logit_scale", "image_projection.weight", "text_projection.weight"),
+    ("logit_scale", "projection.weight"),  # one projection for images and texts
+)
 METHOD = "method."  # a training method's own tensors, in our checkpoints
 
 
@@ -104,7 +107,7 @@ def layout(names: Collection[str]) -> str | None:
     """Whose names these are: `unicl` (the release), `clip`, `ours`, or None."""
     if any(marker in names for marker in MARKERS[1:]):
         return "unicl"
-    if all(name in names for name in OURS):
+    if any(all(name in names for name in ours) for ours in OURS):
         return "ours"
     if "logit_scale" in names and any(name.startswith("visual.") for name in names):
         return "clip"
@@ -130,7 +133,7 @@ def plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                 "a state dict that has one of them"
             )
         stored[short] = name
-    if f"model.{OURS[1]}" in stored:
+    if any(f"model.{ours[1]}" in stored for ours in OURS):
         stored = {short: name for short, name in stored.items() if not short.startswith(METHOD)}
     found = [prefix for prefix in _prefixes(stored) if layout(set(_below(prefix, stored)))]
     prefix, *more = found or [""]

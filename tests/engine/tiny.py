@@ -8,6 +8,7 @@ from engine import deepspeed_engine, optim
 from engine.config import OptimConfig
 from engine.step import Stepper
 from losses._gather import Gather
+from tests.losses import small
 
 MODEL = {
     "image": {
@@ -21,13 +22,22 @@ MODEL = {
 DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "vocab_size": 49409}
 
 
+def model_settings(name):
+    """The `model:` section for method `name`."""
+    return {**MODEL, **small.MODELS.get(name, {})}
+
+
+def dims(model):
+    """The sizes that a method is told, of this model."""
+    return {**DIMS, "image_width": model.image_width, "text_width": model.text_width}
+
+
 def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
-    settings = {**MODEL, "image": {**MODEL["image"]}}
-    settings["image"]["kwargs"] = {**MODEL["image"]["kwargs"], "drop_path_rate": drop_path}
-    return deepspeed_engine.TrainModule(
-        models.build(settings), losses.build(name, {}, DIMS)
-    ).train()
+    settings = model_settings(name)
+    kwargs = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
+    model = models.build({**settings, "image": {**settings["image"], "kwargs": kwargs}})
+    return deepspeed_engine.TrainModule(model, losses.build(name, {}, dims(model))).train()
 
 
 def make_batch(step, size, images=2, texts=1):

@@ -14,7 +14,19 @@ OPTIONS = {
     "declip": {"queue": 20, "hidden": 24, "bottleneck": 8},
     # With a parameter of its own, which starts with large gradients.
     "otter": {"form": "released", "alpha": 0.8},
+    "oner": {"objectives": ["itc", "xmc", "cic", "cmc"]},
 }
+# Of the model that a method needs, where it is not the usual one: in place of the sections of
+# `tests.engine.tiny.MODEL`.
+MODELS = {
+    "oner": {
+        "kind": "one_tower",
+        "image": {
+            "name": "vit_tiny_patch16_224", "size": 32,
+            "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2},
+        },
+    },
+}  # fmt: skip
 
 
 def build(name, dims, **options):
