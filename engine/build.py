@@ -219,7 +219,7 @@ def describe_parts(plan: Plan) -> str:
     dataset(plan)
     model = models.build(model_config(plan.cfg))
     method = build_method(plan, model)
-    counts = {**model.parts(), "model": model, "method": method}
+    counts = {**model.towers(), "model": model, "method": method}
     sizes = [
         f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
         for name, part in counts.items()

@@ -198,7 +198,7 @@ def initialise(
             model=module, optimizer=optimizer, config=ds, dist_init_required=False
         )
     if precision(ds) != torch.float32:
-        reads_images, *_ = module.model.parts().values()
+        reads_images, *_ = module.model.towers().values()
         _cast_buffers(reads_images, precision(ds), device)
     return engine
 

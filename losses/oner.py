@@ -67,7 +67,9 @@ class Config(CoreOptions):
             raise ValueError(f"loss.masked={self.masked} is negative")
 
 
-def sides(features: Features, objectives: list[str], mixes: str) -> dict[str, tuple[Tensor, Tensor]]:
+def sides(
+    features: Features, objectives: list[str], mixes: str
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The two features (b, D) that each objective contrasts, by its name.
 
     Args:

@@ -104,12 +104,14 @@ class Model(nn.Module):
         image, text = self.encode_image(images), self.encode_text(input_ids)
         return image["feature"], text["feature"], self.scale()
 
-    def parts(self) -> dict[str, nn.Module]:
-        """The parts whose sizes a plan tells, by name; what reads images comes first."""
+    def towers(self) -> dict[str, nn.Module]:
+        """Its encoders, by the names under which a plan says how large they are; what reads images
+        comes first."""
         raise NotImplementedError
 
-    def compiled_parts(self) -> list[tuple[nn.Module, bool]]:
-        """What `train.compile` compiles, in place, and whether the shapes of its inputs vary."""
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """Modules that torch.compile takes whole, and of each whether its inputs change in shape
+        from batch to batch."""
         raise NotImplementedError
 
     def image_encoder(self) -> nn.Module:

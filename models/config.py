@@ -16,8 +16,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
-KINDS = ("two_tower", "one_tower")
-ONE_TOWER_TEXTS = ("transformer",)
+# Kind of model -> the texts that it can be built with (`model.text.name`).
+KINDS = {"two_tower": ("transformer", "hf"), "one_tower": ("transformer",)}
 SIMILARITIES = ("cosine",)
 TEXT_TOWERS = ("transformer", "hf")
 HF_POOLINGS = ("first", "mean")
@@ -89,10 +89,10 @@ class TextConfig(_Section):
 
     `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
     from its own configuration. In `kind: one_tower` (see `ModelConfig`) `transformer` is no tower
-    but words for the one there is. `hf_name` is a model name or folder; `hf_config` is a mapping with
-    `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights and
-    a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens that
-    are not padding.
+    but words for the one there is. `hf_name` is a model name or folder; `hf_config` is a mapping
+    with `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights
+    and a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens
+    that are not padding.
     """
 
     name: str = "transformer"
@@ -166,8 +166,16 @@ class ModelConfig(_Section):
         self._require_positive("embed_dim")
         for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
-            _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
-        self._check_kind()
+            _require(
+                value in known,
+                f"{self.where}.{name} must be one of {tuple(known)}, got {value!r}",
+            )
+        _require(
+            self.text.name in KINDS[self.kind],
+            f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
+            + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
+        )
+        self._check_joint()
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(
@@ -180,23 +188,18 @@ class ModelConfig(_Section):
             f"{self.where}.logit_scale_min={low!r} must be less than logit_scale_max={high!r}",
         )
 
-    def _check_kind(self) -> None:
-        text, one = self.text, self.kind == "one_tower"
+    def _check_joint(self) -> None:
+        """What is asked of words that go through the blocks of the image trunk."""
+        joint = (self.kind, self.text.name) == ("one_tower", "transformer")
         _require(
-            not one or text.name in ONE_TOWER_TEXTS,
-            f"{self.where}.kind=one_tower has no text tower of its own: {text.where}.name must be "
-            f"one of {ONE_TOWER_TEXTS}, got {text.name!r}",
-        )
-        joint = one and text.name == "transformer"
-        _require(
-            not joint or text.tokenizer == "clip",
-            f"{self.where}.kind=one_tower leaves padding out by the end token of {text.where}."
-            f"tokenizer=clip, the one it knows, got {text.tokenizer!r}",
+            not joint or self.text.tokenizer == "clip",
+            f"{self.where}.kind=one_tower tells words from padding by the end token of "
+            f"model.text.tokenizer=clip, the one it knows, got {self.text.tokenizer!r}",
         )
         _require(
             joint or not self.two_projections,
-            f"{self.where}.two_projections belongs to kind: one_tower with {text.where}.name: "
-            "transformer; leave it out, two towers have a projection each",
+            f"{self.where}.two_projections belongs to kind: one_tower with text.name: transformer; "
+            "leave it out, two towers have a projection each",
         )
 
     def without_pretrained(self) -> ModelConfig:

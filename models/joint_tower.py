@@ -34,8 +34,8 @@ def _vit(cfg: ModelConfig) -> VisionTransformer:
     lift_zero_dim(trunk)
     if not isinstance(trunk, VisionTransformer):
         raise ConfigError(
-            f"model.image.name={cfg.image.name}: model.kind=one_tower sends words through the blocks "
-            "of a ViT, which this is not; give a name such as vit_base_patch16"
+            f"model.image.name={cfg.image.name}: model.kind=one_tower sends words through a ViT's "
+            "blocks, and this is no VisionTransformer of timm; give a name such as vit_base_patch16"
         )
     missing = {
         "timm's plain blocks": not all(isinstance(block, Block) for block in trunk.blocks),
@@ -237,12 +237,12 @@ class JointTower(Model):
         ends = end_positions(input_ids, CLIP_END_ID)
         return torch.arange(input_ids.shape[1], device=ends.device) <= ends[:, None]
 
-    def parts(self) -> dict[str, nn.Module]:
-        """As `Model.parts`."""
-        return {"patches": self.patches, "words": self.words, "tower": self.transformer}
+    def towers(self) -> dict[str, nn.Module]:
+        """As `Model.towers`."""
+        return {"patches": self.patches, "words": self.words, "their tower": self.transformer}
 
-    def compiled_parts(self) -> list[tuple[nn.Module, bool]]:
-        """As `Model.compiled_parts`."""
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """As `Model.graphs`."""
         return [(self.transformer, True)]
 
     def image_encoder(self) -> nn.Module:

@@ -83,14 +83,13 @@ class TwoTower(Model):
         """As `Model.text_mask`."""
         return self.text.mask(input_ids)
 
-    def parts(self) -> dict[str, nn.Module]:
-        """As `Model.parts`."""
+    def towers(self) -> dict[str, nn.Module]:
+        """As `Model.towers`."""
         return {"image tower": self.image, "text tower": self.text}
 
-    def compiled_parts(self) -> list[tuple[nn.Module, bool]]:
-        """As `Model.compiled_parts`."""
-        # Not the whole text tower, which outside of training reads the longest length from the
-        # device. Its texts have many numbers and lengths.
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """As `Model.graphs`. Of the text tower the encoder alone: outside of training the tower
+        reads the longest length from the device."""
         return [(self.image, False), (self.text.encoder, True)]
 
     def image_encoder(self) -> nn.Module:
