@@ -35,6 +35,16 @@ SMALL = {"hidden": 64, "projection": 32, "queue": 512, "keep_mib": 0}
 CLASSES, TOKENS, PIXELS = 100, 16, 64
 ENCODE = 64  # samples that features are made of
 OVERHEAD = {"declip": 1.15, "otter": 1.15}
+# Of the model, for methods that train another one: in place of what `build` says.
+MODELS = {
+    "oner": {
+        "kind": "one_tower",
+        "image": {
+            "name": "vit_tiny_patch16_224", "size": PIXELS,
+            "kwargs": {"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 4},
+        },
+    },
+}  # fmt: skip
 
 
 def build(name: str, dimension: int, **options: Any) -> TrainModule:
@@ -51,6 +61,7 @@ def build(name: str, dimension: int, **options: Any) -> TrainModule:
             "text": {"width": 128, "layers": 2, "heads": 4, "context_length": TOKENS,
                      "vocab_size": 49409},
             "embed_dim": dimension,
+            **MODELS.get(name, {}),
         }
     )  # fmt: skip
     known = {field.name for field in dataclasses.fields(losses.find(name).Config)}

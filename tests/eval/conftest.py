@@ -64,19 +64,23 @@ def write_set(folder: Path, kind: str, samples: list[dict]) -> None:
     )
 
 
-def write_run(folder: Path, seed: int, step: int = 7) -> Path:
+# One tower for both, of the same widths.
+ONE_TOWER = {**MODEL, "kind": "one_tower"}
+
+
+def write_run(folder: Path, seed: int, step: int = 7, model: dict = MODEL) -> Path:
     """Run folder with one checkpoint of a randomly initialised model."""
     torch.manual_seed(seed)
-    model = models.build(MODEL)
-    for parameter in model.parameters():
+    built = models.build(model)
+    for parameter in built.parameters():
         if parameter.ndim > 1:  # larger than the usual start, so that features differ
             torch.nn.init.normal_(parameter, std=0.5)
     checkpoint = folder / "checkpoints" / f"step_{step:07d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    state = {f"model.{name}": value.contiguous() for name, value in built.state_dict().items()}
     save_file(state, checkpoint / "model.safetensors")
     (folder / "checkpoints" / "LAST_GOOD").write_text(checkpoint.name)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": f"config_{seed}", "model": MODEL}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": f"config_{seed}", "model": model}))
     log = [
         {"step": s, "samples": 64 * s, "loss": 5 / s, "floor": 1 / s, "mean_positives": 2.0}
         for s in range(1, step + 1)
