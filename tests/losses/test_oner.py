@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 import losses
 import models
-from losses import oner
+from losses import _masking, oner
 from losses._gather import Gather
 from losses._masking import mask_tokens
 from losses._method import loss_terms
 from models.config import ModelConfig
 from tests.engine import tiny
 from tests.losses import dense
+from tests.losses.test_no_waiting import NoOperatorWaits, NoTensorIsRead
 
 ALL = list(oner.OBJECTIVES)
 NAMES = ("image", "text", "image_in_text", "text_in_image", "both")
@@ -247,6 +248,15 @@ def test_masked_tokens_are_guessed_from_the_text_and_from_text_and_image():
             wanted[row] += logits.logsumexp(0) - logits[ids[row, place]]
     torch.testing.assert_close(features["masked_sum"], wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(features["masked_count"], 2.0 * chosen.sum(1))
+
+
+def test_nothing_in_its_passes_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(_masking, "computed", lambda chosen, tokens: _masking.room(tokens))
+    model, batch = tower()
+    method = losses.build("oner", {"objectives": ALL}, tiny.dims(model))
+    with NoOperatorWaits(), NoTensorIsRead():
+        features = method.encode(model, batch)
+        sum(value.sum() for value in features.values() if value.requires_grad).backward()
 
 
 @pytest.mark.parametrize(
