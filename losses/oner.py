@@ -33,12 +33,18 @@ from torch.nn import functional as F
 
 from losses._core import pair_losses
 from losses._gather import Gather
-from losses._masking import CLIP_IDS, guessed, mask_tokens
+from losses._masking import CLIP_IDS, guessed, mask_tokens, word_head
 from losses._method import CoreOptions, Features, text_features
 from losses._method import Method as Base
 
-OBJECTIVES = ("itc", "xmc", "cic", "cmc")
-CONTEXTUAL = ("cic", "cmc")  # that read an image and its text together
+MIX, CONTEXT = ("image", "text"), ("image_in_text", "text_in_image")
+# The features whose mean is on each side, by their names in `sides`.
+OBJECTIVES = {
+    "itc": (("image",), ("text",)),
+    "xmc": (MIX, MIX),
+    "cic": (CONTEXT, MIX),
+    "cmc": (("both",), MIX),
+}
 MIXES = ("raw", "normalised")
 
 
@@ -78,23 +84,13 @@ def sides(
         objectives: of OBJECTIVES. mixes: of MIXES.
     """
 
-    def mix(first: str, second: str) -> Tensor:
-        mean = (features[first] + features[second]) / 2
-        return mean if mixes == "raw" else F.normalize(mean, dim=1)
+    def mix(names: tuple[str, ...]) -> Tensor:
+        first, *others = (features[name] for name in names)
+        mean = (first + others[0]) / 2 if others else first
+        return F.normalize(mean, dim=1) if others and mixes == "normalised" else mean
 
-    found = {}
-    for name in objectives:
-        if name == "itc":
-            found[name] = features["image"], features["text"]
-            continue
-        mixed = mix("image", "text")
-        if name == "xmc":
-            found[name] = mixed, mixed
-        elif name == "cic":
-            found[name] = mix("image_in_text", "text_in_image"), mixed
-        else:
-            found[name] = features["both"], mixed
-    return found
+    found = {side: mix(side) for name in objectives for side in OBJECTIVES[name]}
+    return {name: tuple(found[side] for side in OBJECTIVES[name]) for name in objectives}
 
 
 class Method(Base):
@@ -104,12 +100,10 @@ class Method(Base):
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
         super().__init__(cfg, dims)
-        self.contextual = any(name in CONTEXTUAL for name in cfg.objectives)
-        self.head = None
-        if cfg.masked > 0:
-            self.head = nn.Linear(dims["text_width"], dims["vocab_size"])
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        needed = {name for each in cfg.objectives for side in OBJECTIVES[each] for name in side}
+        self.together = needed - set(MIX)  # of F(I|T), F(T|I) and F(I,T|I,T)
+        masks = cfg.masked > 0
+        self.head = word_head(dims["text_width"], dims["vocab_size"]) if masks else None
 
     @classmethod
     def check_model(cls, model: Any) -> None:
@@ -139,12 +133,10 @@ class Method(Base):
             text = model.encode_text(shown)
             features["text"] = text["feature"]
             states.append(text["tokens"])
-        if self.contextual:
+        if self.together:
             pair = model.encode_pair(images, shown)
-            if "cic" in self.cfg.objectives:
-                features |= {"image_in_text": pair["image"], "text_in_image": pair["text"]}
-            if "cmc" in self.cfg.objectives:
-                features["both"] = pair["both"]
+            names = {"image_in_text": "image", "text_in_image": "text", "both": "both"}
+            features |= {name: pair[names[name]] for name in sorted(self.together)}
             states.append(pair["text_tokens"])
         if self.head is not None:
             each = [guessed(self.head, tokens, ids, chosen) for tokens in states]

@@ -44,13 +44,13 @@ def _vit(cfg: ModelConfig) -> VisionTransformer:
         "all of its patches": not isinstance(trunk.patch_drop, nn.Identity),
         "a norm behind its blocks": isinstance(trunk.norm, nn.Identity),
     }
-    for needed in (name for name, lacks in missing.items() if lacks):
+    if needed := [name for name, lacks in missing.items() if lacks]:
         raise ConfigError(
-            f"model.image.name={cfg.image.name} with kwargs {dict(cfg.image.kwargs)}: "
-            f"model.kind=one_tower needs {needed}; give another name, or leave the argument out"
+            f"model.image.name={cfg.image.name} with kwargs {dict(cfg.image.kwargs)}: model.kind="
+            f"one_tower needs {', '.join(needed)}; give another name, or leave the argument out"
         )
-    sizes = {"width": trunk.embed_dim, "layers": len(trunk.blocks)}
-    sizes["heads"] = trunk.blocks[0].attn.num_heads
+    heads = trunk.blocks[0].attn.num_heads
+    sizes = {"width": trunk.embed_dim, "layers": len(trunk.blocks), "heads": heads}
     for name, value in sizes.items():
         if getattr(cfg.text, name) != value:
             raise ConfigError(
@@ -70,7 +70,7 @@ class PatchTokens(nn.Module):
         self.positions = nn.Parameter(trunk.pos_embed[:, others:].detach().clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.embed(images) + self.positions
+        return self.embed(images.to(self.positions.dtype)) + self.positions
 
 
 class WordTokens(nn.Module):
@@ -128,9 +128,7 @@ class Transformer(nn.Module):
 def mean(states: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens, those of `mask` (b, N) bool alone if given: (b, N, W) -> (b, W)."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
-    if mask is None:
-        return wide.mean(1).to(states.dtype)
-    weights = mask.unsqueeze(-1).to(wide.dtype)
+    weights = torch.ones_like(wide[..., :1]) if mask is None else mask[..., None].to(wide.dtype)
     return ((wide * weights).sum(1) / weights.sum(1)).to(states.dtype)
 
 
@@ -164,8 +162,7 @@ class JointTower(Model):
         self.patches = PatchTokens(trunk)
         self.words = WordTokens(cfg.text)
         self.transformer = Transformer(trunk)
-        sides = ("image_", "text_") if cfg.two_projections else ("",)
-        for side in sides:
+        for side in ("image_", "text_") if cfg.two_projections else ("",):
             projection = nn.Linear(trunk.embed_dim, cfg.embed_dim, bias=False)
             nn.init.trunc_normal_(projection.weight, std=INIT_STD)
             self.add_module(f"{side}projection", projection)
@@ -174,12 +171,9 @@ class JointTower(Model):
         """The projection of the side `image` or `text`."""
         return getattr(self, f"{name}_projection" if self.cfg.two_projections else "projection")
 
-    def _patches(self, images: Tensor) -> Tensor:
-        return self.patches(images.to(self._side("image").weight.dtype))
-
     def encode_image(self, images: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_image`; tokens are the states of the patches."""
-        return self._encoded(self.transformer(self._patches(images)), None, "image")
+        return self._encoded(self.transformer(self.patches(images)), None, "image")
 
     def encode_text(self, input_ids: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_text`: L' is L in training, else the longest text of the batch."""
@@ -212,7 +206,7 @@ class JointTower(Model):
             image_tokens (b, N, W), text_tokens (b, L, W): their states; mask: (b, L) bool, where
             a token is text.
         """
-        patches, mask = self._patches(images), self.text_mask(input_ids)
+        patches, mask = self.patches(images), self.text_mask(input_ids)
         seen = F.pad(mask, (patches.shape[1], 0), value=True)
         states = self.transformer(torch.cat([patches, self.words(input_ids)], 1), seen)
         of_image, of_text = states.split([patches.shape[1], mask.shape[1]], 1)
@@ -221,11 +215,9 @@ class JointTower(Model):
         # The projection is linear: of the mean over all tokens it is the mean by their numbers.
         words = mask.sum(1, keepdim=True).to(text.dtype)
         both = (of_image.shape[1] * image + words * text) / (of_image.shape[1] + words)
-        units = {
-            name: F.normalize(value, dim=-1)
-            for name, value in (("image", image), ("text", text), ("both", both))
-        }
-        return {**units, "image_tokens": of_image, "text_tokens": of_text, "mask": mask}
+        tokens = {"image_tokens": of_image, "text_tokens": of_text, "mask": mask}
+        projected = {"image": image, "text": text, "both": both}
+        return {name: F.normalize(x, dim=-1) for name, x in projected.items()} | tokens
 
     @property
     def text_has_dropout(self) -> bool:
