@@ -16,8 +16,8 @@ Products exist for one tile at a time. What is kept for the backward pass, up to
 two bytes a token and pair, the place of its maximum, and the two scores; tiles beyond the budget
 are computed again. Nothing here makes the host wait for the device.
 
-Tokens travel and are multiplied in the precision of the run: under bfloat16 they are rounded, on
-any device. All sums, those of gradients over ranks among them, are float32.
+On a GPU tokens travel and are multiplied in the precision of the run: in a run in bfloat16 they are
+rounded to it. All sums, those of gradients over ranks among them, are float32.
 """
 
 import math
@@ -139,8 +139,7 @@ class _Normalisers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, mask, scale, place, walk):
-        # In 16 bits where the precision of the run has them; `rounded` has made that exact.
-        dtype = torch.bfloat16 if walk.precision == torch.bfloat16 else x.dtype
+        dtype = factors(x, walk.precision)  # `rounded` has made that exact
         tokens = place.rows(x.to(dtype)), place.columns(y.to(dtype))
         tiles = LateTiles(*tokens, place.columns(mask), scale, walk.keep_bytes)
         row_lse, column_lse = tiles.forward()
@@ -197,11 +196,18 @@ def paired_scores(x: Tensor, y: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return of_image.masked_fill(~mask.any(1), 0), of_text
 
 
+def factors(tokens: Tensor, precision: torch.dtype) -> torch.dtype:
+    """Type in which tokens travel and are multiplied in a run of this precision; as everywhere it
+    changes nothing on a CPU."""
+    return torch.bfloat16 if tokens.is_cuda and precision == torch.bfloat16 else tokens.dtype
+
+
 def rounded(tokens: Tensor, precision: torch.dtype) -> Tensor:
-    """Tokens as they are multiplied in this precision, in their own type; the gradient passes."""
-    if precision != torch.bfloat16:
+    """Tokens as `factors` has them, in their own type; the gradient passes."""
+    dtype = factors(tokens, precision)
+    if dtype == tokens.dtype:
         return tokens
-    return tokens + (tokens.bfloat16().to(tokens.dtype) - tokens).detach()
+    return tokens + (tokens.to(dtype).to(tokens.dtype) - tokens).detach()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ With unit features f_ik of the N tokens of image i, g_jr of the m_j tokens of te
     sT_ij = 1/m_j sum_r max_k f_ik . g_jr        text -> image, another matrix than sI
     L = 1/2 [ mean_i -log softmax_j(s sI_i.)_i  +  mean_j -log softmax_i(s sT_.j)_j ]
 
-with one learnt temperature. Padding takes part neither in the maxima nor in the means. The start and
-the end of a text do; the class token of an image does not, which the paper leaves open. With one
-token a side this is CLIP's loss.
+with one learnt temperature. Padding takes part neither in the maxima nor in the means. The start
+and the end of a text do; the class token of an image does not, which the paper leaves open. With
+one token a side this is CLIP's loss.
 
 Where others differ: the training loss that Huawei published in MindFormers smooths its labels by
 0.1, has a multiplier for each direction, and lets padding take part with score 0.

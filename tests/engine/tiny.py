@@ -8,6 +8,7 @@ from engine import deepspeed_engine, optim
 from engine.config import OptimConfig
 from engine.step import Stepper
 from losses._gather import Gather
+from tests.losses import small
 
 MODEL = {
     "image": {
@@ -21,9 +22,14 @@ MODEL = {
 DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "vocab_size": 49409}
 
 
+def model(name):
+    """MODEL, with what method `name` needs."""
+    return {**MODEL, **small.MODELS.get(name, {})}
+
+
 def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
-    settings = {**MODEL, "image": {**MODEL["image"]}}
+    settings = {**model(name), "image": {**MODEL["image"]}}
     settings["image"]["kwargs"] = {**MODEL["image"]["kwargs"], "drop_path_rate": drop_path}
     return deepspeed_engine.TrainModule(
         models.build(settings), losses.build(name, {}, DIMS)

@@ -16,6 +16,11 @@ OPTIONS = {
     "otter": {"form": "released", "alpha": 0.8},
 }
 
+# What the model of a method needs, over `tests.engine.tiny.MODEL`.
+MODELS = {
+    "filip": {"similarity": "late", "token_dim": 6},
+}
+
 
 def build(name, dims, **options):
     """Method `name` with small heads and queues, and the options that it has of those given."""
