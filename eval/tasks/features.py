@@ -53,7 +53,8 @@ def encode(
 ) -> Features | None:
     """Features of a map-style `dataset` of tensors: main process {"feature": (n, D), "pooled":
     (n, W)} float32 on the CPU in the order of the data set, other processes None. With what
-    `encode_batch` gives of TOKENS: "token_features" (n, N, d), "token_mask" (n, N) of 0 and 1.
+    `encode_batch` gives of TOKENS: "token_features" (n, N, d), "token_mask" (n, N) of 0 and 1, both
+    cut to the longest text.
 
     Every process must call it. Progress and remaining time are shown by the main process.
     """
@@ -79,7 +80,11 @@ def encode(
                 parts.setdefault(name, []).append(gathered.cpu())
     if not accelerator.is_main_process:
         return None
-    return {name: torch.cat(kept)[:n] for name, kept in parts.items()}
+    found = {name: torch.cat(kept)[:n] for name, kept in parts.items()}
+    if "token_mask" in found:  # texts are padded to the context: what none of them uses goes
+        used = int(found["token_mask"].any(dim=0).nonzero().max()) + 1
+        found |= {name: found[name][:, :used].contiguous() for name in TOKENS}
+    return found
 
 
 def cached(

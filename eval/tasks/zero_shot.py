@@ -20,8 +20,11 @@ from eval.tasks.scores import Scores, compare
 from loaders.errors import DataError
 
 
-def _scores(extractor: Extractor, split: EvalSplit) -> tuple[Scores, np.ndarray, list[str]] | None:
-    """Scores of n images for K classes, class ids (K,) and class texts (K)."""
+def class_scores(
+    extractor: Extractor, split: EvalSplit
+) -> tuple[Scores, np.ndarray, list[str]] | None:
+    """Scores of n images for K classes, class ids (K,) and class texts (K). None off the main
+    process; every process must call it."""
     ids, names = split.class_names()
     class_texts, templates, each = split.row.class_texts(names), split.templates(), 1
     if extractor.late:
@@ -53,7 +56,7 @@ def class_ranks(
 
     Raises DataError for a set with several labels per image.
     """
-    found = _scores(extractor, split)
+    found = class_scores(extractor, split)
     if found is None:
         return None
     scores, ids, names = found
@@ -68,7 +71,7 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     row has none. ROC AUC takes the probability of the second class.
     """
     split = EvalSplit(row, "test", extractor.size)
-    found = _scores(extractor, split)
+    found = class_scores(extractor, split)
     if found is None:
         return None
     scores_of, ids, names = found

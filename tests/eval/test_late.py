@@ -9,8 +9,11 @@ import torch
 import yaml
 
 from eval import finetune, knn, linear_probe, retrieval, zero_shot
-from eval.sources.registry import REPOSITORY
-from eval.tasks import scores
+from eval.sources.registry import REPOSITORY, Registry
+from eval.sources.splits import EvalSplit
+from eval.tasks import evaluation, scores
+from eval.tasks import zero_shot as task
+from eval.tasks.features import Extractor
 from eval.tasks.scores import LateScores
 from loaders import manifest, tokenizers, views
 from loaders.errors import ConfigError, DataError
@@ -133,8 +136,17 @@ def test_zero_shot_averages_the_scores_of_the_prompts(late, world):
     for name in NAMES[:3]:
         prompts = [template.replace("{}", name) for template in templates["templates"]]
         of_class.append(table(images, tokens_of_texts(late, prompts)).mean(axis=1))
-    predicted = np.argmax(of_class, axis=0)
-    assert len(set(predicted)) > 1
+    expected = np.stack(of_class, axis=1)
+    run = weights.load(late / "runs/late")
+    extractor = Extractor(evaluation.make_accelerator(), run, late / "again", 4, 0)
+    toys = Registry(late / "registry.yaml").datasets["toy_classes"]
+    split = EvalSplit(toys, "test", extractor.size)
+    found, _, _ = task.class_scores(extractor, split)
+    np.testing.assert_allclose(found.whole(), expected, atol=1e-5)
+    ranks, _, _, predicted = task.class_ranks(extractor, split)
+    np.testing.assert_array_equal(predicted, expected.argmax(axis=1))
+    own = np.take_along_axis(expected, labels[:, None], axis=1)
+    np.testing.assert_array_equal(ranks, (expected > own).sum(axis=1))
     row = got["top1"]
     assert row["value"] == pytest.approx(100 * np.mean(predicted == labels))
     count = len(templates["templates"])
