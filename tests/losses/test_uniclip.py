@@ -17,6 +17,7 @@ from loaders.errors import ConfigError
 from losses._gather import Gather
 from losses.uniclip import mp_nce, nce
 from models.config import ModelConfig
+from tests.engine import family, tiny
 from tests.losses import dense
 
 VIEWS = [
@@ -276,6 +277,22 @@ def test_the_method_hands_over_its_views_scales_and_offsets():
     assert out["text_scale"].item() == pytest.approx(100)
     out["contrastive_loss"].backward()
     assert (method.log_scales.grad != 0).all()  # also beyond the bound
+
+
+@torch.no_grad()
+def test_each_view_is_encoded_with_what_was_done_to_it():
+    module = family.build("uniclip").eval()
+    model, batch = module.model, tiny.make_batch(0, 4, images=3)
+    torch.nn.init.normal_(model.augmentation.encoder[-1].weight)  # zero at the start
+    found = module.method.encode(model, batch)
+    for view, name in enumerate(("image1", "image2", "image3")):
+        pixels, told = batch["image"][:, view], batch["augmentation"][:, view]
+        expected = model.encode_image(pixels, told)["feature"]
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+        assert (found[name] - model.encode_image(pixels)["feature"]).abs().max() > 1e-4
+    text = model.encode_text(batch["text"][:, 0])["feature"]
+    torch.testing.assert_close(found["text"], text, rtol=0, atol=1e-6)
+    assert torch.equal(found["scale"], model.scale().expand(4))
 
 
 @pytest.mark.parametrize(
