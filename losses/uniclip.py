@@ -12,9 +12,8 @@ images (II), image and text (IT), or two texts (TT), with t_D and b_D learnt,
     L = 1 / (M N) sum_i 1 / (M - 1) sum over the other items p of its pair of w_D l(i, p)
     l(i, p) = - log [ exp(s_ip) / (exp(s_ip) + exp(n_i)) ] = softplus(n_i - s_ip)
 
-The negatives of all domains are in every n_i, so that two walks of images or texts among themselves
-and one between them give it: n_i = log( exp(r_i + b_D) + exp(r'_i + b_D') ), r and r' normalisers
-of a domain without the item's own pair. 1 / t of IT is the model's multiplier; the order in which
+The core walks each D once, without an item's own pair, and says for every item the logarithm of its
+sum of exp(z_i.z_j / t_D); n_i is made of the two that an item has. 1 / t of IT is the model's multiplier; the order in which
 evaluation ranks depends on no t and no b.
 """
 

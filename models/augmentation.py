@@ -1,7 +1,7 @@
 """What was done to an image, told to the model: between the image tower and the space of UniCLIP.
 
-With h the pooled feature of an image and alpha the parameters of its view (Lee et al., "UniCLIP",
-arXiv 2209.13430; its code is not public, so that the shapes are ours):
+With h the pooled feature of an image and alpha the parameters of its view (arXiv 2209.13430, whose
+code is not public, so that the shapes are ours):
 
     a = f_A(alpha)        h' = h + g([h, a])        feature = normalize(projection of h')
 
