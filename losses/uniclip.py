@@ -13,8 +13,8 @@ images (II), image and text (IT), or two texts (TT), with t_D and b_D learnt,
     l(i, p) = - log [ exp(s_ip) / (exp(s_ip) + exp(n_i)) ] = softplus(n_i - s_ip)
 
 The core walks each D once, without an item's own pair, and says for every item the logarithm of its
-sum of exp(z_i.z_j / t_D); n_i is made of the two that an item has. 1 / t of IT is the model's multiplier; the order in which
-evaluation ranks depends on no t and no b.
+sum of exp(z_i.z_j / t_D); n_i is made of the two that an item has. 1 / t of IT is the model's
+multiplier; the order in which evaluation ranks depends on no t and no b.
 """
 
 import math
@@ -85,13 +85,13 @@ def mp_nce(
     of_images = torch.logaddexp(ii + offsets[0], it + offsets[1]).view(count, rows)
     of_text = torch.logaddexp(ti + offsets[1], tt + offsets[2])
 
-    among = scales[0] * torch.einsum("vbd,ubd->vub", views, views) + offsets[0]
+    # Sums of products rather than matrix products, which a GPU may round to fewer digits.
     across = scales[1] * (views * text).sum(-1) + offsets[1]
-    itself = torch.eye(count, dtype=torch.bool, device=text.device)
-    of_views = nce(of_images[:, None], among).masked_fill(itself[..., None], 0).sum(1)
-    of_pairs = nce(of_images, across) + nce(of_text, across)
-    each = (weights[0] * of_views + weights[1] * of_pairs).masked_fill(alone, 0).sum(0)
-    each = each / (count * (count + 1))
+    each = weights[1] * (nce(of_images, across) + nce(of_text, across))
+    for shift in range(1, count):  # each view with each other view of its pair
+        among = scales[0] * (views * views.roll(shift, 0)).sum(-1) + offsets[0]
+        each = each + weights[0] * nce(of_images, among)
+    each = each.masked_fill(alone, 0).sum(0) / (count * (count + 1))
     return gather.mean(each), each.detach()
 
 
