@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.augmentation import AugmentationHead
 from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower, lift_zero_dim
@@ -31,11 +32,27 @@ class TwoTower(Model):
         self.text_projection = nn.Linear(self.text_width, cfg.embed_dim, bias=False)
         nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
         nn.init.trunc_normal_(self.text_projection.weight, std=INIT_STD)
+        self.augmentation = None
+        if cfg.augmentation is not None:
+            self.augmentation = AugmentationHead(cfg.augmentation, self.image_width)
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
-        """As `Model.encode_image`; tokens are those of the trunk."""
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
+        """As `Model.encode_image`; pooled and tokens are those of the trunk, which is not told what
+        was done to an image.
+
+        Raises:
+            ValueError: `augmentation` is given to a model without `model.augmentation`.
+        """
         pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
-        projected = self.image_projection(pooled).float()
+        if self.augmentation is not None:
+            told = self.augmentation(pooled, augmentation)
+        elif augmentation is None:
+            told = pooled
+        else:
+            raise ValueError(
+                "this model cannot be told what was done to an image: it has no model.augmentation"
+            )
+        projected = self.image_projection(told).float()
         return {
             "feature": F.normalize(projected, dim=-1),
             "projected": projected,
