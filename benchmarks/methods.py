@@ -35,10 +35,13 @@ SQUARE_BATCH, SQUARE_DIMENSION = 4096, 32
 SMALL = {"hidden": 64, "projection": 32, "queue": 512, "keep_mib": 0}
 CLASSES, TOKENS, PIXELS = 100, 16, 64
 ENCODE = 64  # samples that features are made of
-# What the model of a method needs, and the methods whose memory is measured elsewhere.
-MODELS = {"filip": {"similarity": "late", "token_dim": 64}}
-ELSEWHERE = ("filip",)
-OVERHEAD = {"declip": 1.15, "otter": 1.15}
+OVERHEAD = {"declip": 1.15, "otter": 1.15, "uniclip": 1.15}
+# What a method's model needs beyond the small towers.
+MODELS = {
+    "filip": {"similarity": "late", "token_dim": 64},
+    "uniclip": {"augmentation": {"width": 32, "hidden": 128}},
+}
+ELSEWHERE = ("filip",)  # the methods whose memory is measured elsewhere
 
 
 def build(name: str, dimension: int, **options: Any) -> TrainModule:
@@ -54,8 +57,7 @@ def build(name: str, dimension: int, **options: Any) -> TrainModule:
             # One token more than CLIP's, for methods that mask tokens.
             "text": {"width": 128, "layers": 2, "heads": 4, "context_length": TOKENS,
                      "vocab_size": 49409},
-            "embed_dim": dimension,
-            **MODELS.get(name, {}),
+            "embed_dim": dimension, **MODELS.get(name, {}),
         }
     )  # fmt: skip
     known = {field.name for field in dataclasses.fields(losses.find(name).Config)}
@@ -78,6 +80,7 @@ def make_batch(method: type, size: int) -> dict[str, Tensor]:
         label[::2] = -1
     return {
         "image": torch.randn(size, len(method.images), 3, PIXELS, PIXELS),
+        "augmentation": torch.rand(size, len(method.images), 13),
         "text": text, "label": label,
         "seed": torch.arange(size), "step_seed": torch.zeros(size, dtype=torch.int64),
     }  # fmt: skip

@@ -7,6 +7,7 @@ labels. What a method remembers between steps lives in buffers that are equal on
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -47,6 +48,8 @@ class Method(nn.Module):
             1), so that a micro-batch must be of even size.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
+        needs_parameters: True when `encode` reads `batch["augmentation"]`, so that every recipe of
+            `data.augmentation` must report what it did.
         teacher: True when the method learns from an average of its own weights (`targets`).
         smallest_batch: samples that a global batch needs at least.
         similarity: `model.similarity` of the models that it trains, by which they are evaluated.
@@ -63,6 +66,7 @@ class Method(nn.Module):
     blends_neighbours: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
+    needs_parameters: ClassVar[bool] = False
     teacher: ClassVar[bool] = False
     smallest_batch: ClassVar[int] = 1
     similarity: ClassVar[str] = "cosine"
@@ -185,6 +189,16 @@ def text_outputs(
     distinct = model.encode_text(batch["distinct_text"][view])
     index = batch["text_index"][:, view]
     return {name: distinct[name][index] for name in names}
+
+
+def multiplier(logarithm: Tensor, highest: float) -> Tensor:
+    """exp of a learnt logarithm of any shape, at least 1 and at most `highest`; float32 or wider.
+
+    The gradient passes the bounds, so that a value that overshoots comes back.
+    """
+    logarithm = logarithm.to(torch.promote_types(logarithm.dtype, torch.float32))
+    value = logarithm.detach()
+    return (logarithm + (value.clamp(0, math.log(highest)) - value)).exp()
 
 
 def scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -52,11 +52,13 @@ class Model(nn.Module):
         self.embed_dim: int = cfg.embed_dim
         self.logit_scale = nn.Parameter(torch.full((1,), float(cfg.logit_scale_init)))
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
         """Encode normalised images.
 
         Args:
             images: (b, 3, H, W) float; cast to the weights' type.
+            augmentation: (b, P) float, what was done to each image, for a model that has
+                `model.augmentation`; None: nothing, as in every evaluation.
 
         Returns:
             feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;

@@ -130,12 +130,31 @@ class TextConfig(_Section):
 
 
 @dataclass(frozen=True)
+class AugmentationConfig(_Section):
+    """The part that is told what was done to an image (`models.augmentation`).
+
+    `width` is that of the encoder of an image view's parameters and of what it makes of them,
+    `hidden` that of the hidden layer which joins this with the image.
+    """
+
+    width: int = 256
+    hidden: int = 1024
+
+    where = "model.augmentation"
+
+    def __post_init__(self) -> None:
+        self._require_positive("width", "hidden")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
     compared wherever a model is used: by the cosine of their features, or token by token (`late`,
     FILIP's late interaction) by features of `token_dim` numbers for each of their tokens.
+    `augmentation` is the part that is told what was done to an image; without it the model has
+    none.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -151,6 +170,7 @@ class ModelConfig(_Section):
     kind: str = "two_tower"
     similarity: str = "cosine"
     token_dim: int | None = None
+    augmentation: AugmentationConfig | None = None
 
     where = "model"
 
@@ -159,6 +179,9 @@ class ModelConfig(_Section):
             value = getattr(self, name)
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
+        if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
+            section = AugmentationConfig.from_dict(self.augmentation)
+            object.__setattr__(self, "augmentation", section)
         self._require_positive("embed_dim")
         for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
             value = getattr(self, name)

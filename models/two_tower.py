@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loaders.errors import ConfigError
+from models.augmentation import AugmentationHead
 from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower, lift_zero_dim
@@ -31,21 +32,38 @@ class TwoTower(Model):
         lift_zero_dim(self.text)
         self.image_width = self.image.width
         self.text_width = self.text.width
-        self.image_projection = _projection(self.image_width, cfg.embed_dim)
-        self.text_projection = _projection(self.text_width, cfg.embed_dim)
+        self.image_projection = nn.Linear(self.image_width, cfg.embed_dim, bias=False)
+        self.text_projection = nn.Linear(self.text_width, cfg.embed_dim, bias=False)
+        nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
+        nn.init.trunc_normal_(self.text_projection.weight, std=INIT_STD)
+        self.augmentation = None
+        if cfg.augmentation is not None:
+            self.augmentation = AugmentationHead(cfg.augmentation, self.image_width)
         self.late = cfg.similarity == "late"
         if self.late:
             _check_prefix(self.image, cfg.image.name)
-            self.image_token_projection = _projection(self.image_width, cfg.token_dim)
-            self.text_token_projection = _projection(self.text_width, cfg.token_dim)
+            self.image_token_projection = nn.Linear(self.image_width, cfg.token_dim, bias=False)
+            self.text_token_projection = nn.Linear(self.text_width, cfg.token_dim, bias=False)
+            nn.init.trunc_normal_(self.image_token_projection.weight, std=INIT_STD)
+            nn.init.trunc_normal_(self.text_token_projection.weight, std=INIT_STD)
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
-        """As `Model.encode_image`; tokens are those of the trunk.
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
+        """As `Model.encode_image`; pooled and tokens are those of the trunk, which is not told what
+        was done to an image. Class and register tokens take no part in late interaction.
 
-        Of these, class and register tokens take no part in late interaction.
+        Raises:
+            ValueError: `augmentation` is given to a model without `model.augmentation`.
         """
         pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
-        projected = self.image_projection(pooled).float()
+        if self.augmentation is not None:
+            told = self.augmentation(pooled, augmentation)
+        elif augmentation is None:
+            told = pooled
+        else:
+            raise ValueError(
+                "this model cannot be told what was done to an image: it has no model.augmentation"
+            )
+        projected = self.image_projection(told).float()
         out = {
             "feature": F.normalize(projected, dim=-1),
             "projected": projected,
@@ -106,12 +124,6 @@ class TwoTower(Model):
         names = super().no_weight_decay()
         names |= {f"image.{name}" for name in self.image.no_weight_decay()}
         return names | {f"text.{name}" for name in self.text.no_weight_decay()}
-
-
-def _projection(width: int, dimension: int) -> nn.Linear:
-    projection = nn.Linear(width, dimension, bias=False)
-    nn.init.trunc_normal_(projection.weight, std=INIT_STD)
-    return projection
 
 
 def _units(projection: nn.Linear, tokens: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def start(name, stage, world_size, pieces=1, bf16=False):
 def build(name):
     """Model and method, the same at every start."""
     torch.manual_seed(5)
-    model = models.build(tiny.model(name))
+    model = models.build(tiny.model_settings(name))
     if name == EVERYTHING:
         method = everything.Method(everything.Method.Config(), tiny.DIMS)
     else:

@@ -110,7 +110,8 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(found, name)
         np.testing.assert_allclose(ours[key], value, **CLOSE, err_msg=key)
     # Evaluation reads the model alone, and finds all it needs there.
     saved = folder / "wandering"
-    (saved / "config.yaml").write_text(json.dumps({"model": tiny.model(name)}))  # JSON is YAML
+    settings = json.dumps({"model": tiny.model_settings(name)})  # JSON is YAML
+    (saved / "config.yaml").write_text(settings)
     evaluated = weights.load(checkpoint.last_good(saved)).model.state_dict()
     assert {f"model.{key}" for key in evaluated} == {k for k in ours if k.startswith("model.")}
     for key, value in evaluated.items():

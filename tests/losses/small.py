@@ -16,9 +16,10 @@ OPTIONS = {
     "otter": {"form": "released", "alpha": 0.8},
 }
 
-# What the model of a method needs, over `tests.engine.tiny.MODEL`.
+# What a method's model needs beyond the tiny one (tests/engine/tiny.py).
 MODELS = {
     "filip": {"similarity": "late", "token_dim": 6},
+    "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
 }
 
 
