@@ -41,10 +41,13 @@ class Model(nn.Module):
         cfg: the configuration it was built from.
         image_width, text_width: width of `pooled` of the two encoders.
         embed_dim: width of `feature`.
+        image: the tower of photographs; image_projection: the linear layer behind it.
     """
 
     image_width: int
     text_width: int
+    image: nn.Module
+    image_projection: nn.Module
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -103,6 +106,15 @@ class Model(nn.Module):
         """Unit-length image features (b, D), text features (b, D) and the multiplier (1,)."""
         image, text = self.encode_image(images), self.encode_text(input_ids)
         return image["feature"], text["feature"], self.scale()
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Its encoders, by the names under which a plan says how large they are."""
+        raise NotImplementedError
+
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """Modules that torch.compile takes whole, and of each whether its inputs change in shape
+        from batch to batch."""
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: activations are recomputed in the backward pass."""

@@ -64,6 +64,15 @@ class TwoTower(Model):
         """As `Model.text_mask`."""
         return self.text.mask(input_ids)
 
+    def towers(self) -> dict[str, nn.Module]:
+        """As `Model.towers`."""
+        return {"image tower": self.image, "text tower": self.text}
+
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """As `Model.graphs`. Of the text tower the encoder alone: outside of training the tower
+        reads the longest length from the device."""
+        return [(self.image, False), (self.text.encoder, True)]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in both towers: activations are recomputed in the backward."""
         self.image.set_grad_checkpointing(enable)

@@ -28,7 +28,7 @@ from eval.tasks.features import Extractor, initial_head
 from eval.tasks.outcome import Outcome
 from loaders import views
 from loaders.errors import ConfigError, NonFiniteLoss
-from models.two_tower import TwoTower
+from models.base import Model
 
 BATCH = 64
 WEIGHT_DECAY = 0.05
@@ -37,7 +37,7 @@ WEIGHT_DECAY = 0.05
 class Classifier(nn.Module):
     """Image tower, projection and linear head: normalised images (b, 3, H, W) -> logits (b, K)."""
 
-    def __init__(self, model: TwoTower, head: Tensor) -> None:
+    def __init__(self, model: Model, head: Tensor) -> None:
         super().__init__()
         self.image = copy.deepcopy(model.image)
         # The copy's trunk must run its own method, not the one bound to the original.

@@ -34,7 +34,7 @@ WRAPPER = re.compile(
 MARKERS = (
     "logit_scale", "image_encoder.patch_embed.proj.weight", "visual.patch_embed.proj.weight",
 )  # fmt: skip
-OURS = ("logit_scale", "image_projection.weight", "text_projection.weight")
+OURS = ("logit_scale", "image_projection.weight")  # of every kind of model
 METHOD = "method."  # a training method's own tensors, in our checkpoints
 
 
