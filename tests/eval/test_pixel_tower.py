@@ -2,11 +2,17 @@
 
 import json
 
+import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 
 from eval import in_training, retrieval, zero_shot
+from eval.sources.registry import REGISTRY, Registry
+from eval.sources.splits import EvalSplit
 from eval.tasks.finetune import Classifier
+from loaders import views
+from loaders.render import Renderer
 from models import weights
 from tests import commands
 
@@ -20,6 +26,26 @@ PIXELS = [
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@torch.no_grad()
+def zero_shot_by_hand(model):
+    """Percentage of the emoji whose class is the nearest; each prompt drawn and encoded alone."""
+    split = EvalSplit(Registry(REGISTRY, None).datasets["emoji_twemoji"], "test", 48)
+    ids, names = split.class_names()
+    statistics = model.cfg.image.mean, model.cfg.image.std
+    classes = []
+    for name in names:
+        prompts = [template.format(name) for template in split.templates()]
+        drawn = [Renderer(48)([prompt]).expand(-1, 3, -1, -1) for prompt in prompts]
+        encoded = [model.encode_image(views.normalize(image, *statistics)) for image in drawn]
+        classes.append(torch.cat([one["feature"] for one in encoded]).double().mean(dim=0))
+    found = [
+        model.encode_image(views.normalize(split[i][None], *statistics))["feature"][0]
+        for i in range(len(split))
+    ]
+    nearest = (torch.stack(found).double() @ F.normalize(torch.stack(classes), dim=1).T).argmax(1)
+    return 100 * np.mean(ids[nearest.numpy()] == split.labels)
 
 
 def test_training_evaluation_within_it_and_afterwards(tmp_path):
@@ -48,6 +74,9 @@ def test_training_evaluation_within_it_and_afterwards(tmp_path):
                 assert ours[key] == theirs[key]
 
     model = weights.load(run).model
+    top1 = next(row["value"] for row in rows if row["metric"] == "top1")
+    assert top1 == pytest.approx(zero_shot_by_hand(model), abs=0.011)  # rows have two decimals
+
     head = torch.randn(5, model.embed_dim, generator=torch.Generator().manual_seed(0))
     classifier, images = Classifier(model, head).eval(), torch.randn(2, 3, 48, 48)
     with torch.no_grad():
