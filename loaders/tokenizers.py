@@ -5,11 +5,11 @@ Or to a picture: `loaders.render`.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import html
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,9 @@ def _clip_vocabulary(lines: Sequence[str]) -> tuple[dict[str, int], list[tuple[s
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-def _build_clip(context_length: int) -> Tokenizer:
+@functools.cache  # a quarter of a second, and nothing in it depends on the caller
+def _clip_backend() -> tuple[CLIPTokenizer, bytes]:
+    """transformers' tokenizer of CLIP's vocabulary, and the bytes of the merge file."""
     packed = BPE_FILE.read_bytes()
     # The first line is a version comment; the file holds far more merges than CLIP's vocabulary
     # of 49,408 = 2 * 256 bytes + merges + 2 special tokens has room for.
@@ -145,15 +147,20 @@ def _build_clip(context_length: int) -> Tokenizer:
     # transformers would compose Unicode characters once more, after `clean_clip_text`; CLIP does
     # not, and "<b>e&#769;" (a text where ftfy leaves entities alone) would get other ids.
     backend.backend_tokenizer.normalizer = None
+    return backend, packed
+
+
+def _build_clip(context_length: int) -> Tokenizer:
+    backend, packed = _clip_backend()
     return Tokenizer(
         backend,
         context_length,
-        start_id=vocabulary[START_TOKEN],
-        end_id=vocabulary[END_TOKEN],
+        start_id=backend.convert_tokens_to_ids(START_TOKEN),
+        end_id=backend.convert_tokens_to_ids(END_TOKEN),
         pad_id=CLIP_PAD_ID,
         clean=clean_clip_text,
         identity=packed + CLEANING_VERSION.encode(),
-        rebuild=partial(build, "clip", context_length),
+        rebuild=functools.partial(build, "clip", context_length),
     )
 
 
@@ -183,7 +190,7 @@ def _build_hugging_face(name: str, context_length: int) -> Tokenizer:
         pad_id=_first_id(backend, name, "pad_token_id"),
         clean=None,
         identity=backend.backend_tokenizer.to_str().encode(),
-        rebuild=partial(build, name, context_length),
+        rebuild=functools.partial(build, name, context_length),
     )
 
 

@@ -22,12 +22,11 @@ from tests import multiprocess
 from tests.engine import family, tiny
 
 STEPS = 2
-# Between them they have a queue, heads over ranks, a teacher, and a parameter in the loss.
-# The other methods, which are made of these parts, are run by `make soak`.
-TELLING = {"declip", "otter"}
+# It has a queue, heads over ranks, a teacher, and a parameter in the loss. The methods, which
+# are made of these parts, are run by `make soak`.
 NAMES = [
-    name if name in TELLING else pytest.param(name, marks=pytest.mark.soak)
-    for name in losses.names()
+    family.EVERYTHING,
+    *[pytest.param(name, marks=pytest.mark.soak) for name in losses.names()],
 ]
 # Rounding moves a step of AdamW (eps = 1, rate 1) by far less than a wrong factor would.
 CLOSE = {"rtol": 2e-5, "atol": 2e-4}
