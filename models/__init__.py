@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from models.base import Model
     from models.config import ModelConfig
 
-# (`model.kind`, `model.text.name`) -> where the class is; loaded when it is built. None: any text
-# that `models.config.KINDS` lists for the kind.
+# (`model.kind`, `model.text.name`) -> where the class is, which is loaded when it is built. None:
+# any text that `models.config.KINDS` lists for the kind.
 KINDS = {
     ("two_tower", None): ("models.two_tower", "TwoTower"),
     ("one_tower", "pixels"): ("models.pixel_tower", "PixelTower"),

@@ -41,13 +41,10 @@ class Model(nn.Module):
         cfg: the configuration it was built from.
         image_width, text_width: width of `pooled` of the two encoders.
         embed_dim: width of `feature`.
-        image: the tower of photographs; image_projection: the linear layer behind it.
     """
 
     image_width: int
     text_width: int
-    image: nn.Module
-    image_projection: nn.Module
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -108,12 +105,21 @@ class Model(nn.Module):
         return image["feature"], text["feature"], self.scale()
 
     def towers(self) -> dict[str, nn.Module]:
-        """Its encoders, by the names under which a plan says how large they are."""
+        """Its encoders, by the names under which a plan says how large they are; what reads images
+        comes first."""
         raise NotImplementedError
 
     def graphs(self) -> list[tuple[nn.Module, bool]]:
         """Modules that torch.compile takes whole, and of each whether its inputs change in shape
         from batch to batch."""
+        raise NotImplementedError
+
+    def image_encoder(self) -> nn.Module:
+        """A copy of what encodes images, to be trained by itself: (b, 3, H, W) -> `projected`.
+
+        Every parameter of it takes part; its `no_weight_decay()` names those that do not decay,
+        beside norms and biases.
+        """
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

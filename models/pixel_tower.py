@@ -10,6 +10,7 @@ from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower
 from models.text_transformer import INIT_STD
+from models.two_tower import ImageEncoder
 
 PROBE = "attn_pool.latent"  # timm's name for the query of attention pooling
 
@@ -27,14 +28,14 @@ class PixelTower(Model):
         super().__init__(cfg)
         self.image = TimmTower(cfg.image)
         self.image_width = self.text_width = self.image.width
-        self.image_projection = nn.Linear(self.image.width, cfg.embed_dim)
-        nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
-        nn.init.zeros_(self.image_projection.bias)
+        self.projection = nn.Linear(self.image.width, cfg.embed_dim)
+        nn.init.trunc_normal_(self.projection.weight, std=INIT_STD)
+        nn.init.zeros_(self.projection.bias)
 
     def encode_image(self, images: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_image`; tokens are those of the trunk."""
-        pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
-        projected = self.image_projection(pooled).float()
+        pooled, tokens = self.image(images.to(self.projection.weight.dtype))
+        projected = self.projection(pooled).float()
         return {
             "feature": F.normalize(projected, dim=-1),
             "projected": projected,
@@ -69,6 +70,10 @@ class PixelTower(Model):
     def graphs(self) -> list[tuple[nn.Module, bool]]:
         """As `Model.graphs`."""
         return [(self.image, False)]
+
+    def image_encoder(self) -> nn.Module:
+        """As `Model.image_encoder`."""
+        return ImageEncoder(self.image, self.projection)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As `Model.set_grad_checkpointing`."""

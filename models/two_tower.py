@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +14,23 @@ from models.text_hf import HuggingFaceTower
 from models.text_transformer import INIT_STD, TransformerTower
 
 TEXT_TOWERS = {"transformer": TransformerTower, "hf": HuggingFaceTower}
+
+
+class ImageEncoder(nn.Module):
+    """An image tower and its projection, copied: (b, 3, H, W) -> (b, D) before unit length."""
+
+    def __init__(self, image: TimmTower, projection: nn.Linear) -> None:
+        super().__init__()
+        self.image, self.projection = copy.deepcopy(image), copy.deepcopy(projection)
+        # The copy's trunk must run its own method, not the one bound to the original.
+        self.image.trunk.forward = self.image.trunk.forward_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.image(images)[0])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that do not decay, beside norms and biases."""
+        return {f"image.{name}" for name in self.image.no_weight_decay()}
 
 
 class TwoTower(Model):
@@ -72,6 +91,10 @@ class TwoTower(Model):
         """As `Model.graphs`. Of the text tower the encoder alone: outside of training the tower
         reads the longest length from the device."""
         return [(self.image, False), (self.text.encoder, True)]
+
+    def image_encoder(self) -> nn.Module:
+        """As `Model.image_encoder`."""
+        return ImageEncoder(self.image, self.image_projection)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in both towers: activations are recomputed in the backward."""

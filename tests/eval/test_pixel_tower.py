@@ -75,7 +75,7 @@ def test_training_evaluation_within_it_and_afterwards(tmp_path):
 
     model = weights.load(run).model
     top1 = next(row["value"] for row in rows if row["metric"] == "top1")
-    assert top1 == pytest.approx(zero_shot_by_hand(model), abs=0.011)  # rows have two decimals
+    assert top1 == pytest.approx(zero_shot_by_hand(model), abs=0.11)  # one of 931 may be a near tie
 
     head = torch.randn(5, model.embed_dim, generator=torch.Generator().manual_seed(0))
     classifier, images = Classifier(model, head).eval(), torch.randn(2, 3, 48, 48)

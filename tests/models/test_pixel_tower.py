@@ -58,9 +58,9 @@ def test_the_shipped_configuration_has_as_many_parameters_as_published():
     with torch.device("meta"):
         model = models.build(plans.model_config(cfg))
     assert numbers(model) == 93_474_817
-    assert numbers(model.image) + numbers(model.image_projection) + 1 == numbers(model)
+    assert numbers(model.image) + numbers(model.projection) + 1 == numbers(model)
     assert {name.split(".")[0] for name in model.state_dict()} == {
-        "image", "image_projection", "logit_scale",
+        "image", "projection", "logit_scale",
     }  # fmt: skip
 
 
