@@ -166,12 +166,9 @@ class ModelConfig(_Section):
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
         self._require_positive("embed_dim")
-        for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
+        for name, known in (("kind", tuple(KINDS)), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
-            _require(
-                value in known,
-                f"{self.where}.{name} must be one of {tuple(known)}, got {value!r}",
-            )
+            _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
         _require(
             self.text.name in KINDS[self.kind],
             f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
