@@ -1,4 +1,7 @@
-"""Text to token ids: CLIP's byte-pair encoding from a shipped file, or a Hugging Face tokenizer."""
+"""Text to token ids: CLIP's byte-pair encoding from a shipped file, or a Hugging Face tokenizer.
+
+Or to a picture: `loaders.render`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 from loaders.errors import ConfigError
+from loaders.render import Renderer
 
 BPE_FILE = Path(__file__).parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
 CLIP_VOCAB_SIZE = 49408
@@ -190,17 +194,23 @@ def _build_hugging_face(name: str, context_length: int) -> Tokenizer:
     )
 
 
-def build(name: str = "clip", context_length: int = 77) -> Tokenizer:
+def build(
+    name: str = "clip", context_length: int = 77, image_size: int = 224
+) -> Tokenizer | Renderer:
     """Build a tokenizer.
 
     Args:
         name: `clip` for CLIP's byte-pair encoding (offline; start 49406, end 49407, padding 0),
-            anything else is a Hugging Face name or folder.
-        context_length: columns of the result; longer texts are cut.
+            `rendered` for texts drawn as pictures, anything else is a Hugging Face name or folder.
+        context_length: columns of the result; longer texts are cut. Not of pictures.
+        image_size: side of the pictures in pixels.
 
     Raises:
-        ConfigError: the name cannot be read, or the tokenizer lacks a start, end or padding token.
+        ConfigError: the name cannot be read, the tokenizer lacks a start, end or padding token, or
+            the pictures are too small.
     """
+    if name == "rendered":
+        return Renderer(image_size)
     if context_length < 2:
         raise ConfigError(
             f"context_length must be at least 2 (start and end), got {context_length}"

@@ -111,6 +111,24 @@ class Model(nn.Module):
         image, text = self.encode_image(images), self.encode_text(input_ids)
         return image["feature"], text["feature"], self.scale()
 
+    def towers(self) -> dict[str, nn.Module]:
+        """Its encoders, by the names under which a plan says how large they are; what reads images
+        comes first."""
+        raise NotImplementedError
+
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """Modules that torch.compile takes whole, and of each whether its inputs change in shape
+        from batch to batch."""
+        raise NotImplementedError
+
+    def image_encoder(self) -> nn.Module:
+        """A copy of what encodes images, to be trained by itself: (b, 3, H, W) -> `projected`.
+
+        Every parameter of it takes part; its `no_weight_decay()` names those that do not decay,
+        beside norms and biases.
+        """
+        raise NotImplementedError
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: activations are recomputed in the backward pass."""
         raise NotImplementedError

@@ -31,6 +31,15 @@ from models.config import ModelConfig
         ({"similarity": "late"}, r"similarity=late needs model\.token_dim"),
         ({"token_dim": 256}, r"token_dim=256 belongs to model\.similarity=late"),
         ({"similarity": "late", "token_dim": 0}, r"model\.token_dim must be a positive integer"),
+        (
+            {
+                "kind": "one_tower",
+                "text": {"name": "pixels", "tokenizer": "rendered"},
+                "similarity": "late",
+                "token_dim": 8,
+            },
+            "model.kind=one_tower has none; use similarity: cosine",
+        ),
         ({"similarity": "dot"}, r"model\.similarity must be one of \('cosine', 'late'\)"),
         (
             {"logit_scale_min": 9.0, "logit_scale_max": 3.0},
