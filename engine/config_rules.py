@@ -96,6 +96,12 @@ def check(cfg: DictConfig) -> None:
         method.check_model(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if model.similarity != method.similarity:
+        raise ConfigError(
+            f"model.similarity={model.similarity}: loss.name={cfg.loss.get('name', 'unicl')} "
+            f"trains models with model.similarity={method.similarity}, by which they are evaluated "
+            "too; set it, or take another loss"
+        )
     _exactly_one(cfg.train, "train", ("epochs", "samples", "steps"))
     _exactly_one(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"))
     for key, (holds, words) in RANGES.items():

@@ -18,7 +18,7 @@ INTERPOLATION = "bicubic"
 
 # Kind of model -> the texts that it can be built with (`model.text.name`).
 KINDS = {"two_tower": ("transformer", "hf"), "one_tower": ("pixels",)}
-SIMILARITIES = ("cosine",)
+SIMILARITIES = ("cosine", "late")
 TEXT_TOWERS = ("transformer", "hf", "pixels")
 RENDERED = "rendered"  # the tokenizer that draws a text (loaders.render)
 HF_POOLINGS = ("first", "mean")
@@ -159,8 +159,10 @@ class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
-    compared: by the cosine of their features, wherever a model is used. `augmentation` is the part
-    that is told what was done to an image; without it the model has none.
+    compared wherever a model is used: by the cosine of their features, or token by token (`late`,
+    FILIP's late interaction) by features of `token_dim` numbers for each of their tokens.
+    `augmentation` is the part that is told what was done to an image; without it the model has
+    none.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -175,6 +177,7 @@ class ModelConfig(_Section):
     logit_scale_max: float | None = None
     kind: str = "two_tower"
     similarity: str = "cosine"
+    token_dim: int | None = None
     augmentation: AugmentationConfig | None = None
 
     where = "model"
@@ -196,6 +199,7 @@ class ModelConfig(_Section):
             f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
             + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
         )
+        self._check_token_dim()
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(
@@ -207,6 +211,26 @@ class ModelConfig(_Section):
             low is None or high is None or low < high,
             f"{self.where}.logit_scale_min={low!r} must be less than logit_scale_max={high!r}",
         )
+
+    def _check_token_dim(self) -> None:
+        late = self.similarity == "late"
+        _require(
+            not late or self.kind == "two_tower",
+            f"{self.where}.similarity=late compares the tokens of two towers, and "
+            f"{self.where}.kind={self.kind} has none; use similarity: cosine",
+        )
+        _require(
+            not late or self.token_dim is not None,
+            f"{self.where}.similarity=late needs {self.where}.token_dim, the width of the features "
+            "of the tokens (256 in FILIP)",
+        )
+        _require(
+            late or self.token_dim is None,
+            f"{self.where}.token_dim={self.token_dim!r} belongs to {self.where}.similarity=late; "
+            f"with {self.similarity} no token is compared, so leave it out",
+        )
+        if late:
+            self._require_positive("token_dim")
 
     def without_pretrained(self) -> ModelConfig:
         """The same architecture without starting weights, for a checkpoint that replaces them."""

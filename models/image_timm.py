@@ -81,6 +81,8 @@ class TimmTower(nn.Module):
         # Calling the trunk must run `forward_features`: ZeRO-3 gathers a module's own parameters
         # (class token, positions) in a hook on its call, which a plain method call would skip.
         self.trunk.forward = self.trunk.forward_features
+        # Class and register tokens, which come first.
+        self.prefix_tokens = getattr(self.trunk, "num_prefix_tokens", 0)
         self.channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
         self.width, self.length = self._probe(cfg)
 

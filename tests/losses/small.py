@@ -18,6 +18,7 @@ OPTIONS = {
 
 # What a method's model needs beyond the tiny one (tests/engine/tiny.py).
 MODELS = {
+    "filip": {"similarity": "late", "token_dim": 6},
     "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
 }
 

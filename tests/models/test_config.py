@@ -28,6 +28,19 @@ from models.config import ModelConfig
         ({"text": {"hf_name": "bert"}}, "need name: hf"),
         ({"logit_scale_max": -1.0}, r"model\.logit_scale_max must be positive"),
         ({"logit_scale_min": 0.0}, r"model\.logit_scale_min must be positive"),
+        ({"similarity": "late"}, r"similarity=late needs model\.token_dim"),
+        ({"token_dim": 256}, r"token_dim=256 belongs to model\.similarity=late"),
+        ({"similarity": "late", "token_dim": 0}, r"model\.token_dim must be a positive integer"),
+        (
+            {
+                "kind": "one_tower",
+                "text": {"name": "pixels", "tokenizer": "rendered"},
+                "similarity": "late",
+                "token_dim": 8,
+            },
+            "model.kind=one_tower has none; use similarity: cosine",
+        ),
+        ({"similarity": "dot"}, r"model\.similarity must be one of \('cosine', 'late'\)"),
         (
             {"logit_scale_min": 9.0, "logit_scale_max": 3.0},
             r"logit_scale_min=9\.0 must be less than logit_scale_max=3\.0",
