@@ -25,7 +25,7 @@ export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
 .PHONY: quickstart test durations soak gpu-check lint family bench
-BENCHES := loss methods loss_ranks loader size step scaling_model gpu_loss gpu_step gpu_end_to_end data_prep evaluation
+BENCHES := loss methods filip loss_ranks loader size step scaling_model gpu_loss gpu_step gpu_end_to_end data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -184,7 +184,7 @@ def dataset(plan: Plan) -> TripletDataset:
         texts=TextOptions(
             texts.load_templates(cfg.data.templates), source, len(plan.method.texts), captions
         ),
-        tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
+        tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length, image.size),
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
         decode=views.decoder(),

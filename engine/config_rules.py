@@ -96,6 +96,12 @@ def check(cfg: DictConfig) -> None:
         method.check_model(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if model.similarity != method.similarity:
+        raise ConfigError(
+            f"model.similarity={model.similarity}: loss.name={cfg.loss.get('name', 'unicl')} "
+            f"trains models with model.similarity={method.similarity}, by which they are evaluated "
+            "too; set it, or take another loss"
+        )
     _exactly_one(cfg.train, "train", ("epochs", "samples", "steps"))
     _exactly_one(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"))
     for key, (holds, words) in RANGES.items():
@@ -112,7 +118,8 @@ def check(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) not in words:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(words)}")
     mixes = vars(method).get("mixes", False)  # a method's own, see losses/_method.py
-    choices.check_augmentation(values["data"]["augmentation"], method.images, mixes)
+    augmentation = values["data"]["augmentation"]
+    choices.check_augmentation(augmentation, method.images, mixes, method.needs_parameters)
     caption = values["data"]["caption"]
     caption_recipes.read(caption, method.texts)
     if method.texts_differ and not isinstance(caption, dict):

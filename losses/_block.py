@@ -53,35 +53,27 @@ def backend(x: Tensor, y: Tensor, scale: Tensor, excluded: Ids | None, walk: Wal
     return KernelTiles(x, y, scale, excluded)
 
 
-class Block:
-    """The block of this rank, gathered once for everything that is computed of it; collective.
+class Place:
+    """Which rows and columns of all ranks meet on this one; collective.
 
     Args:
-        x, y: (b, D), (b', D) local rows and columns of the logits; need not be of unit length.
+        rows, columns: (b, ...), (b', ...) of this rank; only their numbers matter.
         gather: the ranks that share the batch.
-        walk: how the block is walked.
         paired: b = b' on every rank, so that the ranks need not tell each other b' as well.
 
     Attributes:
-        x, y: (n, D), (m, D) of the block, in float32, or the type of x if wider.
         row_sizes, column_sizes: b and b' of every rank.
         own_rows, own_columns: where those of this rank lie in the block.
     """
 
-    def __init__(
-        self, x: Tensor, y: Tensor, gather: Gather, walk: Walk = WALK, paired: bool = False
-    ):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        exact = x.dtype == y.dtype == torch.bfloat16
-        self.walk = replace(walk, precision=torch.bfloat16) if exact else walk
+    def __init__(self, rows: Tensor, columns: Tensor, gather: Gather, paired: bool = False):
         self.gather = gather
-        self.row_sizes = gather.sizes(len(x), x.device)
-        self.column_sizes = self.row_sizes if paired else gather.sizes(len(y), y.device)
-        self.x, self.y = self.rows(x.to(dtype)), self.columns(y.to(dtype))
+        self.row_sizes = gather.sizes(len(rows), rows.device)
+        self.column_sizes = self.row_sizes if paired else gather.sizes(len(columns), columns.device)
         first = sum(self.row_sizes[rank] for rank in gather.row.members[: gather.row.rank])
-        self.own_rows = slice(first, first + len(x))
+        self.own_rows = slice(first, first + len(rows))
         first = sum(self.column_sizes[rank] for rank in gather.column.members[: gather.column.rank])
-        self.own_columns = slice(first, first + len(y))
+        self.own_columns = slice(first, first + len(columns))
 
     def rows(self, local: Tensor) -> Tensor:
         """(n, ...) of the block from (b, ...) of this rank; collective over the grid row."""
@@ -92,6 +84,28 @@ class Block:
         """(m, ...) of the block from (b', ...) of this rank; collective over the grid column."""
         ranks = self.gather.column
         return ranks.rows(local, [self.column_sizes[rank] for rank in ranks.members])
+
+
+class Block(Place):
+    """The block of this rank, gathered once for everything that is computed of it; collective.
+
+    Args:
+        x, y: (b, D), (b', D) local rows and columns of the logits; need not be of unit length.
+        walk: how the block is walked.
+        gather, paired: as for `Place`.
+
+    Attributes:
+        x, y: (n, D), (m, D) of the block, in float32, or the type of x if wider.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, gather: Gather, walk: Walk = WALK, paired: bool = False
+    ):
+        super().__init__(x, y, gather, paired)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        exact = x.dtype == y.dtype == torch.bfloat16
+        self.walk = replace(walk, precision=torch.bfloat16) if exact else walk
+        self.x, self.y = self.rows(x.to(dtype)), self.columns(y.to(dtype))
 
     def normalisers(
         self, scale: Tensor, exclude: Ids | None = None, classes: "Classes | None" = None
@@ -173,8 +187,8 @@ class _Normalisers(torch.autograd.Function):
         row_lse, column_lse = tiles.forward()
         text_means = None if classes is None else classes.means(y, classes.column_ids)
         terms = [] if classes is None else [scale * (x * text_means[classes.row_ids]).sum(1)]
-        row_lse, *terms = _combine(block.gather.row, row_lse, *terms)
-        (column_lse,) = _combine(block.gather.column, column_lse)
+        row_lse, *terms = combine(block.gather.row, row_lse, *terms)
+        (column_lse,) = combine(block.gather.column, column_lse)
         ctx.tiles, ctx.block, ctx.classes = tiles, block, classes
         ctx.save_for_backward(x, scale, row_lse, column_lse, text_means)
         positive = terms[0][block.own_rows].clone() if terms else x.new_zeros(0)
@@ -224,7 +238,7 @@ class _Sigmoids(torch.autograd.Function):
         return grad_x, grad_y, grad_scale, total * of_share, None, None
 
 
-def _combine(ranks: Ranks, lse: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
+def combine(ranks: Ranks, lse: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
     """Over ranks that hold parts of the same rows: logsumexp of `lse`, sum of each of `terms`."""
     if ranks.world_size == 1:
         return lse, *terms

@@ -66,6 +66,25 @@ class Ranks:
         sizes = sizes or self.sizes(local.shape[0], local.device)
         return _GatherRows.apply(local, self, sizes)
 
+    def own_rows(self, gradient: Tensor, sizes: list[int]) -> Tensor:
+        """The reverse of `rows`, without gradient: the sum over ranks of what each of them holds
+        for the rows of all.
+
+        Args:
+            gradient: (B, ...), in the order of `rows`. sizes: as there.
+
+        Returns:
+            (b, ...), the sums for the rows of this rank.
+        """
+        if self.world_size == 1:
+            return gradient
+        longest = max(sizes)
+        if any(size != longest for size in sizes):
+            gradient = torch.cat([_pad_rows(part, longest) for part in gradient.split(sizes)])
+        out = gradient.new_empty((longest, *gradient.shape[1:]))
+        _reduce_scatter_single(out, gradient.contiguous(), group=self.group)
+        return out[: sizes[self.rank]]
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, without gradient."""
         if self.world_size > 1:
@@ -174,13 +193,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
-        gather, sizes = ctx.gather, ctx.sizes
-        longest = max(sizes)
-        if any(size != longest for size in sizes):
-            gradient = torch.cat([_pad_rows(part, longest) for part in gradient.split(sizes)])
-        out = gradient.new_empty((longest, *gradient.shape[1:]))
-        _reduce_scatter_single(out, gradient.contiguous(), group=gather.group)
-        return out[: sizes[gather.rank]], None, None
+        return ctx.gather.own_rows(gradient, ctx.sizes), None, None
 
 
 class _Total(torch.autograd.Function):

@@ -7,6 +7,8 @@ labels. What a method remembers between steps lives in buffers that are equal on
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,8 +48,11 @@ class Method(nn.Module):
             1), so that a micro-batch must be of even size.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
+        needs_parameters: True when `encode` reads `batch["augmentation"]`, so that every recipe of
+            `data.augmentation` must report what it did.
         teacher: True when the method learns from an average of its own weights (`targets`).
         smallest_batch: samples that a global batch needs at least.
+        similarity: `model.similarity` of the models that it trains, by which they are evaluated.
 
     Attributes:
         precision: type of the weights in the forward pass, set by the engine.
@@ -61,8 +66,10 @@ class Method(nn.Module):
     blends_neighbours: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
+    needs_parameters: ClassVar[bool] = False
     teacher: ClassVar[bool] = False
     smallest_batch: ClassVar[int] = 1
+    similarity: ClassVar[str] = "cosine"
     precision: torch.dtype = torch.float32
 
     def __init__(self, cfg: Any, dims: dict[str, int]):
@@ -167,11 +174,31 @@ def text_features(model: nn.Module, batch: dict[str, Tensor] | Tensor, view: int
     """
     if isinstance(batch, Tensor):
         return model.encode_text(batch)["feature"]
+    return text_outputs(model, batch, view, ("feature",))["feature"]
+
+
+def text_outputs(
+    model: nn.Module, batch: dict[str, Tensor], view: int, names: Sequence[str]
+) -> Features:
+    """The items `names` of what `model.encode_text` returns of a text view, (b, ...) each; the
+    texts are encoded as for `text_features`."""
     # With dropout equal texts get masks of their own.
     if "distinct_text" not in batch or (model.training and model.text_has_dropout):
-        return model.encode_text(batch["text"][:, view])["feature"]
-    distinct = model.encode_text(batch["distinct_text"][view])["feature"]
-    return distinct[batch["text_index"][:, view]]
+        found = model.encode_text(batch["text"][:, view])
+        return {name: found[name] for name in names}
+    distinct = model.encode_text(batch["distinct_text"][view])
+    index = batch["text_index"][:, view]
+    return {name: distinct[name][index] for name in names}
+
+
+def multiplier(logarithm: Tensor, highest: float) -> Tensor:
+    """exp of a learnt logarithm of any shape, at least 1 and at most `highest`; float32 or wider.
+
+    The gradient passes the bounds, so that a value that overshoots comes back.
+    """
+    logarithm = logarithm.to(torch.promote_types(logarithm.dtype, torch.float32))
+    value = logarithm.detach()
+    return (logarithm + (value.clamp(0, math.log(highest)) - value)).exp()
 
 
 def scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:

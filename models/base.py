@@ -52,15 +52,19 @@ class Model(nn.Module):
         self.embed_dim: int = cfg.embed_dim
         self.logit_scale = nn.Parameter(torch.full((1,), float(cfg.logit_scale_init)))
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
         """Encode normalised images.
 
         Args:
             images: (b, 3, H, W) float; cast to the weights' type.
+            augmentation: (b, P) float, what was done to each image, for a model that has
+                `model.augmentation`; None: nothing, as in every evaluation.
 
         Returns:
             feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
             pooled: (b, image_width) before the projection; tokens: (b, N, W) before pooling.
+            With `model.similarity=late` also token_features: (b, N', d) float32, each of unit
+            length, of the tokens that are places of the image; `feature` is then not trained.
         """
         raise NotImplementedError
 
@@ -74,7 +78,10 @@ class Model(nn.Module):
             feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
             pooled: (b, text_width) before the projection; tokens: (b, L', W), where L' is L in
             training, and else may be the longest text of the batch; mask: (b, L') bool, True
-            where a token is text, up to and with its end token.
+            where a token is text, up to and with its end token. With `model.similarity=late` also
+            token_features: (b, context, d) float32, each of unit length and zeros behind the
+            batch's longest text, and token_mask: (b, context) bool, the mask of these, so that all
+            batches have one length; `feature` is then not trained.
         """
         raise NotImplementedError
 

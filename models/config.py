@@ -17,9 +17,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATION = "bicubic"
 
 # Kind of model -> the texts that it can be built with (`model.text.name`).
-KINDS = {"two_tower": ("transformer", "hf"), "one_tower": ("transformer",)}
-SIMILARITIES = ("cosine",)
-TEXT_TOWERS = ("transformer", "hf")
+KINDS = {"two_tower": ("transformer", "hf"), "one_tower": ("transformer", "pixels")}
+SIMILARITIES = ("cosine", "late")
+TEXT_TOWERS = ("transformer", "hf", "pixels")
+RENDERED = "rendered"  # the tokenizer that draws a text (loaders.render)
 HF_POOLINGS = ("first", "mean")
 
 
@@ -85,14 +86,15 @@ class ImageConfig(_Section):
 
 @dataclass(frozen=True)
 class TextConfig(_Section):
-    """Text tower: `transformer` (CLIP's, as UniCL uses it) or `hf` (a Hugging Face encoder).
+    """Text tower: `transformer` (CLIP's, as UniCL uses it), `hf` (a Hugging Face encoder), or
+    `pixels`: texts are drawn by `tokenizer: rendered` and read by the image tower.
 
     `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
     from its own configuration. In `kind: one_tower` (see `ModelConfig`) `transformer` is no tower
     but words for the one there is. `hf_name` is a model name or folder; `hf_config` is a mapping
     with `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights
     and a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens
-    that are not padding.
+    that are not padding. Of all keys `pixels` has `name` and `tokenizer` alone.
     """
 
     name: str = "transformer"
@@ -115,6 +117,11 @@ class TextConfig(_Section):
             f"{self.where}.name must be one of {TEXT_TOWERS}, got {self.name!r} "
             "(for a Hugging Face model write name: hf and hf_name: ...)",
         )
+        _require(
+            (self.name == "pixels") == (self.tokenizer == RENDERED),
+            f"{self.where}: name: {self.name} does not go with tokenizer: {self.tokenizer}; texts "
+            f"as pictures have name: pixels and tokenizer: {RENDERED}, both",
+        )
         self._require_positive("width", "layers", "heads", "context_length", "vocab_size")
         _require(
             self.width % self.heads == 0,
@@ -132,14 +139,33 @@ class TextConfig(_Section):
 
 
 @dataclass(frozen=True)
+class AugmentationConfig(_Section):
+    """The part that is told what was done to an image (`models.augmentation`).
+
+    `width` is that of the encoder of an image view's parameters and of what it makes of them,
+    `hidden` that of the hidden layer which joins this with the image.
+    """
+
+    width: int = 256
+    hidden: int = 1024
+
+    where = "model.augmentation"
+
+    def __post_init__(self) -> None:
+        self._require_positive("width", "hidden")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
-    compared: by the cosine of their features, wherever a model is used. In `one_tower` with
-    `text.name: transformer` words go through the blocks of the image trunk, whose width, layers and
-    heads the text section repeats; `two_projections` gives images and texts one each (two towers
-    always have that).
+    compared wherever a model is used: by the cosine of their features, or token by token (`late`,
+    FILIP's late interaction) by features of `token_dim` numbers for each of their tokens.
+    `augmentation` is the part that is told what was done to an image; without it the model has
+    none. In `one_tower` with `text.name: transformer` words go through the blocks of the image
+    trunk, whose width, layers and heads the text section repeats; `two_projections` gives images
+    and texts one each (two towers always have that).
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -154,6 +180,8 @@ class ModelConfig(_Section):
     logit_scale_max: float | None = None
     kind: str = "two_tower"
     similarity: str = "cosine"
+    token_dim: int | None = None
+    augmentation: AugmentationConfig | None = None
     two_projections: bool = False
 
     where = "model"
@@ -163,18 +191,19 @@ class ModelConfig(_Section):
             value = getattr(self, name)
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
+        if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
+            section = AugmentationConfig.from_dict(self.augmentation)
+            object.__setattr__(self, "augmentation", section)
         self._require_positive("embed_dim")
-        for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
+        for name, known in (("kind", tuple(KINDS)), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
-            _require(
-                value in known,
-                f"{self.where}.{name} must be one of {tuple(known)}, got {value!r}",
-            )
+            _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
         _require(
             self.text.name in KINDS[self.kind],
             f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
             + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
         )
+        self._check_token_dim()
         self._check_joint()
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
@@ -188,9 +217,33 @@ class ModelConfig(_Section):
             f"{self.where}.logit_scale_min={low!r} must be less than logit_scale_max={high!r}",
         )
 
+    def _check_token_dim(self) -> None:
+        late = self.similarity == "late"
+        _require(
+            not late or self.kind == "two_tower",
+            f"{self.where}.similarity=late compares the tokens of two towers, and "
+            f"{self.where}.kind={self.kind} has none; use similarity: cosine",
+        )
+        _require(
+            not late or self.token_dim is not None,
+            f"{self.where}.similarity=late needs {self.where}.token_dim, the width of the features "
+            "of the tokens (256 in FILIP)",
+        )
+        _require(
+            late or self.token_dim is None,
+            f"{self.where}.token_dim={self.token_dim!r} belongs to {self.where}.similarity=late; "
+            f"with {self.similarity} no token is compared, so leave it out",
+        )
+        if late:
+            self._require_positive("token_dim")
+
     def _check_joint(self) -> None:
         """What is asked of words that go through the blocks of the image trunk."""
         joint = (self.kind, self.text.name) == ("one_tower", "transformer")
+        _require(
+            not joint or self.augmentation is None,
+            f"{self.where}.augmentation is read by two towers; leave it out of one_tower",
+        )
         _require(
             not joint or self.text.tokenizer == "clip",
             f"{self.where}.kind=one_tower tells words from padding by the end token of "

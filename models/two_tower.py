@@ -7,6 +7,8 @@ import copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loaders.errors import ConfigError
+from models.augmentation import AugmentationHead
 from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower, lift_zero_dim
@@ -37,6 +39,9 @@ class TwoTower(Model):
     """Image and text encoders with bias-free linear projections to a shared unit sphere.
 
     Source: microsoft/UniCL, model/model.py.
+
+    With `model.similarity=late` two more of them project every token to `token_dim` numbers
+    (FILIP, arXiv 2111.07783), and these features are what is trained and compared.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -50,29 +55,63 @@ class TwoTower(Model):
         self.text_projection = nn.Linear(self.text_width, cfg.embed_dim, bias=False)
         nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
         nn.init.trunc_normal_(self.text_projection.weight, std=INIT_STD)
+        self.augmentation = None
+        if cfg.augmentation is not None:
+            self.augmentation = AugmentationHead(cfg.augmentation, self.image_width)
+        self.late = cfg.similarity == "late"
+        if self.late:
+            _check_prefix(self.image, cfg.image.name)
+            self.image_token_projection = nn.Linear(self.image_width, cfg.token_dim, bias=False)
+            self.text_token_projection = nn.Linear(self.text_width, cfg.token_dim, bias=False)
+            nn.init.trunc_normal_(self.image_token_projection.weight, std=INIT_STD)
+            nn.init.trunc_normal_(self.text_token_projection.weight, std=INIT_STD)
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
-        """As `Model.encode_image`; tokens are those of the trunk."""
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
+        """As `Model.encode_image`; pooled and tokens are those of the trunk, which is not told what
+        was done to an image. Class and register tokens take no part in late interaction.
+
+        Raises:
+            ValueError: `augmentation` is given to a model without `model.augmentation`.
+        """
         pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
-        projected = self.image_projection(pooled).float()
-        return {
+        if self.augmentation is not None:
+            told = self.augmentation(pooled, augmentation)
+        elif augmentation is None:
+            told = pooled
+        else:
+            raise ValueError(
+                "this model cannot be told what was done to an image: it has no model.augmentation"
+            )
+        projected = self.image_projection(told).float()
+        out = {
             "feature": F.normalize(projected, dim=-1),
             "projected": projected,
             "pooled": pooled,
             "tokens": tokens,
         }
+        if self.late:
+            places = tokens[:, self.image.prefix_tokens :]
+            out["token_features"] = _units(self.image_token_projection, places)
+        return out
 
     def encode_text(self, input_ids: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_text`."""
         pooled, tokens = self.text(input_ids)
         projected = self.text_projection(pooled).float()
-        return {
+        mask = self.text_mask(input_ids[:, : tokens.shape[1]])
+        out = {
             "feature": F.normalize(projected, dim=-1),
             "projected": projected,
             "pooled": pooled,
             "tokens": tokens,
-            "mask": self.text_mask(input_ids[:, : tokens.shape[1]]),
+            "mask": mask,
         }
+        if self.late:
+            missing = self.cfg.text.context_length - tokens.shape[1]
+            features = _units(self.text_token_projection, tokens)
+            out["token_features"] = F.pad(features, (0, 0, 0, missing))
+            out["token_mask"] = F.pad(mask, (0, missing))
+        return out
 
     @property
     def text_has_dropout(self) -> bool:
@@ -117,3 +156,18 @@ class TwoTower(Model):
         names = super().no_weight_decay()
         names |= {f"image.{name}" for name in self.image.no_weight_decay()}
         return names | {f"text.{name}" for name in self.text.no_weight_decay()}
+
+
+def _units(projection: nn.Linear, tokens: Tensor) -> Tensor:
+    """Tokens (b, N, W), projected, float32 and of unit length (b, N, d)."""
+    return F.normalize(projection(tokens).float(), dim=-1)
+
+
+def _check_prefix(tower: TimmTower, name: str) -> None:
+    """Refuse a trunk whose class token cannot be told from the places of the image."""
+    silent = not hasattr(tower.trunk, "num_prefix_tokens")
+    if silent and any("cls_token" in key for key, _ in tower.trunk.named_parameters()):
+        raise ConfigError(
+            f"model.similarity=late: timm does not say which tokens of '{name}' are class tokens; "
+            "use a ViT, or a trunk without them such as Swin or ResNet"
+        )

@@ -10,6 +10,7 @@ from eval.sources.registry import EvalDataset
 from eval.sources.splits import EvalSplit
 from eval.tasks import zero_shot
 from eval.tasks.features import Extractor
+from eval.tasks.scores import compare
 
 BEST = 5
 QUERIES = 4
@@ -63,16 +64,18 @@ def draw_grid(extractor: Extractor, row: EvalDataset, path: Path) -> None:
     """Best matches of a few seeded captions and images of the test split."""
     split = EvalSplit(row, "test", extractor.size)
     captions, owner = split.distinct_texts()
-    texts = extractor.texts(captions, f"{row.name} captions")["feature"].double()
-    images = extractor.images(split)["feature"].double()
+    texts, images = extractor.texts(captions, f"{row.name} captions"), extractor.images(split)
+    device = extractor.accelerator.device
+    of_texts = compare(texts, images, row.name, device)
+    of_images = compare(images, texts, row.name, device)
     generator = np.random.default_rng(0)
     by_text = []
     for t in generator.permutation(len(captions))[:QUERIES]:
-        top = (images @ texts[t]).topk(min(BEST, len(images))).indices.tolist()
+        top = of_texts.row(t).topk(min(BEST, len(split))).indices.tolist()
         by_text.append((captions[t], [(split.image(i), owner[i] == t) for i in top]))
     by_image = []
     for i in generator.permutation(len(split))[:QUERIES]:
-        top = (texts @ images[i]).topk(min(BEST, len(captions))).indices.tolist()
+        top = of_images.row(i).topk(min(BEST, len(captions))).indices.tolist()
         by_image.append((split.image(int(i)), [(captions[t], owner[i] == t) for t in top]))
     title = f"{extractor.run.name} on {row.name}: seeded queries, {len(split)} images"
     figures.retrieval_grid(by_text, by_image, title, path)

@@ -24,7 +24,7 @@ from eval.sources.registry import EvalDataset
 from eval.tasks import elevater_metrics, few_shot
 from eval.tasks.features import Extractor, finite_images, initial_head
 from eval.tasks.outcome import Outcome
-from loaders.errors import DataError
+from loaders.errors import ConfigError, DataError
 
 TASK = "linear_probe_elevater"
 LEARNING_RATES = np.logspace(-6, -1, 6)
@@ -271,8 +271,14 @@ def evaluate_protocol(
     """Search and final training on a data set; the first metric of the registry's row guides.
 
     The head has one output for each class of `common_classes.meet`: all that were trained.
-    `options`: `shots`, `seeds` and `head_init` of `eval.linear_probe`.
+    `options`: `shots`, `seeds` and `head_init` of `eval.linear_probe`. Raises ConfigError for a
+    model that compares tokens.
     """
+    if extractor.late:
+        raise ConfigError(
+            f"{extractor.run.name}: the ELEVATER protocol probes the projected feature, which is "
+            "not trained under model.similarity=late; use --protocol standardised or clip"
+        )
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     names, y, truth = classes.names, classes.targets["train"], classes.targets["test"]
     head, digest = initial_head(extractor, splits["test"], names, options.head_init)

@@ -13,17 +13,21 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval import rows
 from eval.sources.splits import EvalSplit
 from loaders import tokenizers, views
-from loaders.errors import DataError
+from loaders.errors import ConfigError, DataError
 from loaders.workers import GuardedLoader
 from models.config import ModelConfig
 from models.weights import LoadedRun
 
 Features = dict[str, torch.Tensor]
+# Of a model with `similarity: late`; the mask belongs to texts. Both are kept as float32: 16 bits
+# would halve the file and move scores by 1e-4, enough to decide between neighbours.
+TOKENS = ("token_features", "token_mask")
 INITIAL_DEVIATION = 0.02  # of the weights of a random head
 
 
@@ -49,7 +53,9 @@ def encode(
     title: str,
 ) -> Features | None:
     """Features of a map-style `dataset` of tensors: main process {"feature": (n, D), "pooled":
-    (n, W)} float32 on the CPU in the order of the data set, other processes None.
+    (n, W)} float32 on the CPU in the order of the data set, other processes None. With what
+    `encode_batch` gives of TOKENS: "token_features" (n, N, d), "token_mask" (n, N) of 0 and 1, both
+    cut to the longest text.
 
     Every process must call it. Progress and remaining time are shown by the main process.
     """
@@ -62,19 +68,24 @@ def encode(
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    parts: dict[str, list[torch.Tensor]] = {"feature": [], "pooled": []}
+    parts: dict[str, list[torch.Tensor]] = {}
     for batch in tqdm(loader, desc=title, unit="batch", disable=not accelerator.is_main_process):
         output = encode_batch(batch.to(accelerator.device, non_blocking=True))
-        for name, kept in parts.items():
+        for name in ("feature", "pooled", *(token for token in TOKENS if token in output)):
             # One round of all ranks is one contiguous stretch of the data set. Ranks must gather
             # equal shapes; rows that only fill up come after the last sample.
-            missing = batch_size - len(output[name])
-            gathered = accelerator.gather(F.pad(output[name].float(), (0, 0, 0, missing)))
+            values = output[name].float()
+            fill = values.new_zeros(batch_size - len(values), *values.shape[1:])
+            gathered = accelerator.gather(torch.cat([values, fill]))
             if accelerator.is_main_process:
-                kept.append(gathered.cpu())
+                parts.setdefault(name, []).append(gathered.cpu())
     if not accelerator.is_main_process:
         return None
-    return {name: torch.cat(kept)[:n] for name, kept in parts.items()}
+    found = {name: torch.cat(kept)[:n] for name, kept in parts.items()}
+    if "token_mask" in found:  # texts are padded to the context: what none of them uses goes
+        used = int(found["token_mask"].any(dim=0).nonzero().max()) + 1
+        found |= {name: found[name][:, :used].contiguous() for name in TOKENS}
+    return found
 
 
 def cached(
@@ -115,13 +126,17 @@ class Extractor:
 
     def __post_init__(self) -> None:
         config = ModelConfig.from_dict(self.run.cfg["model"])
+        self.late = config.similarity == "late"
         self.size = config.image.size
         self.mean, self.std = config.image.mean, config.image.std
-        self.tokenizer = tokenizers.build(config.text.tokenizer, config.text.context_length)
+        self.tokenizer = tokenizers.build(
+            config.text.tokenizer, config.text.context_length, self.size
+        )
         self.model = self.run.model.to(self.accelerator.device).float().eval()
 
     def images(self, split: EvalSplit) -> Features | None:
-        """Image features of a split: {"feature": (n, D), "pooled": (n, W)}; see `encode`."""
+        """Image features of a split: {"feature": (n, D), "pooled": (n, W)} and perhaps TOKENS; see
+        `encode`."""
         description = {
             "checkpoint": self.run.checkpoint_hash,
             "kind": "image",
@@ -136,17 +151,19 @@ class Extractor:
         return self._run(description, split, encode_batch, self.workers, title)
 
     def texts(self, texts: list[str], title: str) -> Features | None:
-        """Text features {"feature": (n, D), "pooled": (n, W)}; see `encode`."""
+        """Text features {"feature": (n, D), "pooled": (n, W)} and perhaps TOKENS; see `encode`."""
         description = {
             "checkpoint": self.run.checkpoint_hash,
             "kind": "text",
             "tokenizer": [self.tokenizer.digest, self.tokenizer.context_length],
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         }
-        token_ids = self.tokenizer(texts)
-        return self._run(description, token_ids, self.model.encode_text, 0, title)
+        tokenized = _Texts(texts, self.tokenizer)
+        return self._run(description, tokenized, self.model.encode_text, 0, title)
 
     def _run(self, description, dataset, encode_batch, workers, title) -> Features | None:
+        if self.late:
+            description["tokens"] = "float32"
         compute = partial(
             encode, self.accelerator, dataset, encode_batch, self.batch_size, workers, title
         )
@@ -157,13 +174,36 @@ class Extractor:
         features, normalised again (as in the UniCL and CLIP evaluators).
 
         Main process only, others get None. Every process must call it.
+        Raises ConfigError for a model that compares tokens, which has no such weights.
         """
-        prompts = [template.replace("{}", name) for name in names for template in templates]
-        features = self.texts(prompts, "class prompts")
+        if self.late:
+            raise ConfigError(
+                f"{self.run.name}: model.similarity=late compares tokens, and no vector stands for "
+                "a class; give --head-init random"
+            )
+        features = self.prompts(names, templates)
         if features is None:
             return None
         per_template = features["feature"].view(len(names), len(templates), -1)
         return F.normalize(F.normalize(per_template, dim=-1).mean(dim=1), dim=-1)
+
+    def prompts(self, names: list[str], templates: list[str]) -> Features | None:
+        """As `texts`, of the templates of the first name, then of the second, and so on."""
+        texts = [template.replace("{}", name) for name in names for template in templates]
+        return self.texts(texts, "class prompts")
+
+
+class _Texts(Dataset):
+    """Texts, tokenized batch by batch: all of them, drawn as pictures, would not fit in memory."""
+
+    def __init__(self, texts: list[str], tokenizer: Callable[[list[str]], torch.Tensor]) -> None:
+        self._texts, self._tokenizer = texts, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return list(self._tokenizer([self._texts[i] for i in indices]))
 
 
 def finite_images(

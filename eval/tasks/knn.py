@@ -18,6 +18,7 @@ from loaders.errors import DataError
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
+WHAT = {"feature": "image embedding", "pooled": "pooled image feature"}
 
 
 def votes(train: torch.Tensor, labels: np.ndarray, test: torch.Tensor, classes: int) -> np.ndarray:
@@ -48,6 +49,9 @@ def vote_ranks(ballot: np.ndarray, true: np.ndarray) -> np.ndarray:
 def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     """Top-1, top-5 and mean per-class recall of the vote, on the embeddings that the loss compares.
 
+    A model that compares tokens has no such embedding; there it is the feature that the linear
+    probe takes, the trunk's pooled one.
+
     Classes of the two splits are those of `common_classes.meet`; a test image whose class has no
     training image counts as an error.
     """
@@ -58,15 +62,16 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     reference, queries = extractor.images(train), extractor.images(test)
     if reference is None:
         return None
+    kind = "pooled" if extractor.late else "feature"
     for features in (reference, queries):
-        check_finite(features["feature"].numpy(), row.name)
+        check_finite(features[kind].numpy(), row.name)
     labels, true, candidates = classes.targets["train"], classes.targets["test"], len(classes.names)
-    ballot = votes(reference["feature"], labels, queries["feature"], candidates)
+    ballot = votes(reference[kind], labels, queries[kind], candidates)
     return Outcome(
         metrics.classification_metrics(vote_ranks(ballot, true), true),
         classes=candidates,
         protocol=(
-            f"{NEIGHBOURS} nearest neighbours by cosine of the image embedding, votes weighted by "
+            f"{NEIGHBOURS} nearest neighbours by cosine of the {WHAT[kind]}, votes weighted by "
             f"exp(cosine / {TEMPERATURE}) as in DINO, ties count as errors: {len(train)} train, "
             f"{len(test)} test"
         ),

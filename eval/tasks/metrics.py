@@ -7,12 +7,12 @@ collapsed model (all scores equal) scores 0 and not 100.
 import numpy as np
 import torch
 
-from loaders.errors import DataError
+from eval.tasks.scores import Products, Scores
 
 # The 97.5 % quantile of the standard normal distribution: two-sided 95 %.
 NORMAL_QUANTILE = 1.959963984540054
 BOOTSTRAP_RESAMPLES = 1000
-SCORES = 1 << 24  # held at once by `positive_ranks`: 128 MiB in float64
+SCORES = 1 << 24  # held at once by `ranks`: 128 MiB in float64
 
 
 def positive_ranks(
@@ -23,24 +23,29 @@ def positive_ranks(
     chunk: int | None = None,
     name: str = "",
 ) -> np.ndarray:
+    """`ranks` by the products of queries (n, D) and candidates (m, D), float.
+
+    Raises DataError for non-finite features, naming the data set `name`.
+    """
+    return ranks(Products(queries, candidates, name), pair_query, pair_candidate, chunk)
+
+
+def ranks(
+    scores: Scores,
+    pair_query: np.ndarray,
+    pair_candidate: np.ndarray,
+    chunk: int | None = None,
+) -> np.ndarray:
     """Rank of the best positive of every query: 0 = no negative scores as high as it does.
 
-    queries (n, D) and candidates (m, D), float; their product is taken in float64, `chunk` queries
-    at a time (default: as many as make SCORES numbers), so n x m is never held. `pair_query` and
-    `pair_candidate` (p,) int list the positives as pairs; a query may have several, and the best
-    one counts. Returns (n,) int64: the number of negatives whose score is at least the best
-    positive's.
+    Scores are taken `chunk` queries at a time (default: as many as make SCORES numbers), so n x m
+    is never held. `pair_query` and `pair_candidate` (p,) int list the positives as pairs; a query
+    may have several, and the best one counts. Returns (n,) int64: the number of negatives whose
+    score is at least the best positive's.
 
-    Raises DataError for non-finite features, naming the data set `name`, and ValueError for a
-    query without a positive.
+    Raises ValueError for a query without a positive.
     """
-    for side, features in (("query", queries), ("candidate", candidates)):
-        if not torch.isfinite(features).all():
-            raise DataError(
-                f"{name + ': ' if name else ''}the {side} features hold NaN or infinite values: "
-                "this checkpoint has diverged, evaluate an earlier one (RUN/checkpoints/step_*)"
-            )
-    n, m = len(queries), len(candidates)
+    n, m = scores.shape
     chunk = chunk or max(1, SCORES // m)
     # Each pair once, by query: a positive listed twice must not be taken off twice below.
     pairs = np.unique(np.asarray(pair_query, dtype=np.int64) * m + np.asarray(pair_candidate))
@@ -49,25 +54,24 @@ def positive_ranks(
     if len(without):
         raise ValueError(f"{len(without)} queries have no positive, the first is {without[0]}")
 
-    transposed = candidates.double().T
-    ranks = np.empty(n, dtype=np.int64)
+    found = np.empty(n, dtype=np.int64)
     # One buffer: a new product would stand beside the one before it.
-    buffer = transposed.new_empty(min(chunk, n), m)
+    buffer = torch.empty(min(chunk, n), m, dtype=torch.float64)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        scores = buffer[: stop - start]
-        torch.mm(queries[start:stop].double(), transposed, out=scores)
+        part = buffer[: stop - start]
+        scores.fill(start, stop, part)
         first, last = np.searchsorted(pair_query, [start, stop])
         rows = torch.from_numpy(pair_query[first:last] - start)
-        own = scores[rows, torch.from_numpy(pair_candidate[first:last])]
-        best = torch.full((stop - start,), -torch.inf, dtype=scores.dtype)
+        own = part[rows, torch.from_numpy(pair_candidate[first:last])]
+        best = torch.full((stop - start,), -torch.inf, dtype=part.dtype)
         best.scatter_reduce_(0, rows, own, "amax")
         # NumPy counts without a copy; torch would make an int64 of every comparison first.
-        as_high = torch.from_numpy(np.count_nonzero((scores >= best[:, None]).numpy(), axis=1))
+        as_high = torch.from_numpy(np.count_nonzero((part >= best[:, None]).numpy(), axis=1))
         # The positives that score as high as the best one, itself included, are no rivals.
         as_high -= torch.bincount(rows[own >= best[rows]], minlength=stop - start)
-        ranks[start:stop] = as_high.numpy()
-    return ranks
+        found[start:stop] = as_high.numpy()
+    return found
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

@@ -15,9 +15,9 @@ RECALL_LEVELS = np.linspace(1, 0, 11)[:-1]  # with these roundings in vision-eva
 LOGIT_SCALE = 100.0  # ELEVATER's evaluator: softmax over 100 x cosine, also for several labels
 
 
-def class_probabilities(images: torch.Tensor, classifier: torch.Tensor) -> np.ndarray:
-    """Softmax over classes of 100 x cosine, (n, K) float64, from normalised (n, D) and (K, D)."""
-    return torch.softmax(LOGIT_SCALE * (images.double() @ classifier.double().T), dim=1).numpy()
+def probabilities(scores: torch.Tensor) -> np.ndarray:
+    """Softmax over classes of 100 x the scores (n, K) float64, which lie in [-1, 1]."""
+    return torch.softmax(LOGIT_SCALE * scores, dim=1).numpy()
 
 
 def check_finite(scores: np.ndarray, name: str) -> None:

@@ -7,6 +7,7 @@ from eval.sources.splits import EvalSplit
 from eval.tasks import metrics
 from eval.tasks.features import Extractor
 from eval.tasks.outcome import Outcome
+from eval.tasks.scores import compare
 
 
 def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
@@ -30,15 +31,16 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     images = extractor.images(split)
     if images is None:
         return None
-    image, text, name = images["feature"], texts["feature"], row.name
+    name, device = row.name, extractor.accelerator.device
+    by = "by late interaction, each query's mean over its tokens, " if extractor.late else ""
     return Outcome(
         metrics.retrieval_metrics(
-            metrics.positive_ranks(image, text, pair_image, pair_text, name=name),
-            metrics.positive_ranks(text, image, pair_text, pair_image, name=name),
+            metrics.ranks(compare(images, texts, name, device), pair_image, pair_text),
+            metrics.ranks(compare(texts, images, name, device), pair_text, pair_image),
         ),
         classes=None,
         protocol=(
-            f"{len(split)} images against {len(captions)} {kind}, any positive counts, "
+            f"{len(split)} images against {len(captions)} {kind}, {by}any positive counts, "
             "ties count as errors"
         ),
         digest=None,

@@ -37,6 +37,14 @@ def test_base_override_and_interpolation():
         ("loss.name=unicle", "there are: .*unicl"),
         ("loss.name=declip", r"model\.text\.vocab_size=49409 .* not 49408, transformer, clip"),
         ("loss.name=zerovl", r"model\.text\.vocab_size=49408: word pieces are masked"),
+        (
+            "loss.name=filip",
+            r"similarity=cosine: loss\.name=filip trains .* with model\.similarity=late, by which",
+        ),
+        (
+            "model={similarity: late, token_dim: 8}",
+            r"similarity=late: loss\.name=unicl trains .* with model\.similarity=cosine, by which",
+        ),
         ("train.steps=5", "exactly one of epochs, samples, steps"),
         ("train.accumulation=0", "at least 1"),
         ("data.caption_labels=same", "one of unique, by_text"),

@@ -23,7 +23,7 @@ DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "
 
 
 def model_settings(name):
-    """The `model:` section for method `name`."""
+    """The `model:` section that method `name` trains."""
     return {**MODEL, **small.MODELS.get(name, {})}
 
 
@@ -45,10 +45,11 @@ def make_batch(step, size, images=2, texts=1):
     text = torch.randint(1, 49000, (size, texts, 12), generator=generator)
     text[:, :, -1] = 49407
     labels = torch.randint(-1, 5, (size,), generator=generator)
-    images = torch.randn(size, images, 3, 32, 32, generator=generator)
+    pixels = torch.randn(size, images, 3, 32, 32, generator=generator)
     seeds = torch.randint(0, 2**62, (size + 1,), generator=generator)
+    parameters = torch.rand(size, images, 13, generator=generator)
     return {
-        "image": images, "text": text, "label": labels,
+        "image": pixels, "augmentation": parameters, "text": text, "label": labels,
         "seed": seeds[1:], "step_seed": seeds[:1].repeat(size),
     }  # fmt: skip
 

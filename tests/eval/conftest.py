@@ -64,23 +64,25 @@ def write_set(folder: Path, kind: str, samples: list[dict]) -> None:
     )
 
 
-# One tower for both, of the same widths.
-ONE_TOWER = {**MODEL, "kind": "one_tower"}
+ONE_TOWER = {"kind": "one_tower"}  # of MODEL: words go through the blocks of its image tower
 
 
-def write_run(folder: Path, seed: int, step: int = 7, model: dict = MODEL) -> Path:
-    """Run folder with one checkpoint of a randomly initialised model."""
+def write_run(folder: Path, seed: int, step: int = 7, **changes) -> Path:
+    """Run folder with one checkpoint of a randomly initialised model, MODEL with `changes`."""
     torch.manual_seed(seed)
-    built = models.build(model)
-    for parameter in built.parameters():
+    settings = {**MODEL, **changes}
+    model = models.build(settings)
+    for parameter in model.parameters():
         if parameter.ndim > 1:  # larger than the usual start, so that features differ
             torch.nn.init.normal_(parameter, std=0.5)
     checkpoint = folder / "checkpoints" / f"step_{step:07d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{name}": value.contiguous() for name, value in built.state_dict().items()}
+    state = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     save_file(state, checkpoint / "model.safetensors")
     (folder / "checkpoints" / "LAST_GOOD").write_text(checkpoint.name)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": f"config_{seed}", "model": model}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"name": f"config_{seed}", "model": settings})
+    )
     log = [
         {"step": s, "samples": 64 * s, "loss": 5 / s, "floor": 1 / s, "mean_positives": 2.0}
         for s in range(1, step + 1)

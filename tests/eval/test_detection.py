@@ -162,7 +162,7 @@ def test_other_trunks_are_refused():
 
 
 def test_a_run_of_one_tower_is_refused(tmp_path):
-    run = weights.load(conftest.write_run(tmp_path / "one", 0, model=conftest.ONE_TOWER))
+    run = weights.load(conftest.write_run(tmp_path / "one", 0, **conftest.ONE_TOWER))
     with pytest.raises(ConfigError, match="model of kind one_tower has not"):
         transfer.transfer(None, run, None)
 

@@ -30,7 +30,7 @@ ROW_KEYS = [
 def run(request, world):
     """Where in `world` a run of the kind is."""
     if request.param == "one_tower":
-        write_run(world / "one/tiny", seed=0, model=ONE_TOWER)
+        write_run(world / "one/tiny", seed=0, **ONE_TOWER)
     return {"two_tower": "runs/tiny", "one_tower": "one/tiny"}[request.param]
 
 

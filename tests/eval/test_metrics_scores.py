@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 from eval.tasks import metrics_scores
+from eval.tasks.scores import Products
 from loaders.errors import DataError
 
 
@@ -88,5 +89,5 @@ def test_probabilities_are_softmax_of_a_hundred_cosines():
     classifier = torch.nn.functional.normalize(torch.randn(3, 6), dim=1)
     logits = 100 * (images.double() @ classifier.double().T).numpy()
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    got = metrics_scores.class_probabilities(images, classifier)
+    got = metrics_scores.probabilities(Products(images, classifier).whole())
     np.testing.assert_allclose(got, expected, rtol=1e-12)

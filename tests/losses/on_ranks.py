@@ -66,6 +66,7 @@ def leaves_of(rows):
     image, text, second, _ = make_batch()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
+        "image1": image[rows], "image2": second[rows], "image3": (image + 0.4 * second)[rows],
         "caption": text[rows], "synthetic": second[rows],
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "teacher_image": second[rows], "teacher_text": text[rows],
@@ -78,8 +79,23 @@ def leaves_of(rows):
         "image_in_text": F.normalize(image + second, dim=1)[rows], "text_in_image": second[rows],
         "both": F.normalize(image - second, dim=1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),
+        **tokens_of(image, text, second, rows),
     }  # fmt: skip
-    return {key: value.clone().requires_grad_() for key, value in leaves.items()}
+    return {
+        key: value.clone().requires_grad_(value.is_floating_point())
+        for key, value in leaves.items()
+    }
+
+
+def tokens_of(image, text, second, rows):
+    """Three tokens of each image, five of each text, of which the last ones are padding."""
+    sides = {
+        "image": [image, second, image - text],
+        "text": [text, second + text, image + 2 * text],
+    }
+    sides["text"] += [second - image, 3 * image + second]
+    tokens = {f"{k}_tokens": F.normalize(torch.stack(v, 1), dim=2)[rows] for k, v in sides.items()}
+    return {**tokens, "text_mask": (torch.arange(5) <= torch.arange(18)[:, None] % 5)[rows]}
 
 
 def build(name, keep_mib=64):
@@ -98,6 +114,7 @@ def gradients_of(name, rows, keep_mib=64):
     method = build(name, keep_mib)
     out = method(leaves, labels[rows], Gather())
     loss = sum(value for key, value in out.items() if key.endswith("_loss") and value.ndim == 0)
+    leaves = {key: value for key, value in leaves.items() if value.requires_grad}
     leaves |= {f"parameter {key}": value for key, value in method.named_parameters()}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     named = dict(zip(leaves, grads, strict=True))

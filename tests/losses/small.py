@@ -16,16 +16,16 @@ OPTIONS = {
     "otter": {"form": "released", "alpha": 0.8},
     "oner": {"objectives": ["itc", "xmc", "cic", "cmc"]},
 }
-# Of the model that a method needs, where it is not the usual one: in place of the sections of
-# `tests.engine.tiny.MODEL`.
+
+# What a method's model needs beyond the tiny one (tests/engine/tiny.py).
 MODELS = {
+    "filip": {"similarity": "late", "token_dim": 6},
     "oner": {
         "kind": "one_tower",
-        "image": {
-            "name": "vit_tiny_patch16_224", "size": 32,
-            "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2},
-        },
+        "image": {"name": "vit_tiny_patch16_224", "size": 32,
+                  "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2}},
     },
+    "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
 }  # fmt: skip
 
 

@@ -237,6 +237,30 @@ def test_plain_files(text, tmp_path):
         assert torch.equal(loaded.model.encode_text(ids)["feature"], ours)
 
 
+@torch.no_grad()
+def test_late_interaction_in_every_format(tmp_path):
+    """What has no word for it refuses; the trunk alone does not need one."""
+    model = run_folder.write(tmp_path / "run", "vit", similarity="late", token_dim=10)
+    for name in ("open_clip", "hf"):
+        with pytest.raises(
+            ConfigError, match=r"cannot express model\.similarity=late, only cosine"
+        ):
+            export(tmp_path / "run", name, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    export(tmp_path / "run", "timm", tmp_path / "timm")
+    timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0)
+    images, ids = noise(32), tokenizers.build("clip", 77)(TEXTS)
+    expected = model.encode_image(images), model.encode_text(ids)
+    for name, file in (("pt", "run.pt"), ("safetensors", "model.safetensors")):
+        export(tmp_path / "run", name, tmp_path / name)
+        loaded = weights.load(tmp_path / name / file).model
+        found = loaded.encode_image(images), loaded.encode_text(ids)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert loaded.cfg == model.cfg.without_pretrained()
+
+
 def test_what_a_format_cannot_express_is_named_and_leaves_nothing(tmp_path):
     mean = run_folder.bert_text(tmp_path / "tokenizer", "mean")
     electra = {**mean, "hf_config": {**run_folder.BERT, "model_type": "electra"}}
@@ -251,6 +275,30 @@ def test_what_a_format_cannot_express_is_named_and_leaves_nothing(tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             export(tmp_path / run, name, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_a_model_that_is_told_what_was_done_to_images(tmp_path):
+    """Ours keep it whole, timm's is the tower alone, and the others have no such part."""
+    sizes = {"width": 5, "hidden": 11}
+    model = run_folder.write(tmp_path / "run", "resnet", augmentation=sizes)
+    images = noise(SIZES["resnet"])
+    told = torch.rand(3, 13, generator=torch.Generator().manual_seed(1))
+    for name, file in (("pt", "run.pt"), ("safetensors", ".")):
+        export(tmp_path / "run", name, tmp_path / name)
+        back = weights.load(tmp_path / name / file).model
+        for parameters in (None, told):
+            ours, theirs = (m.encode_image(images, parameters)["feature"] for m in (model, back))
+            assert torch.equal(ours, theirs)
+    export(tmp_path / "run", "timm", tmp_path / "timm")
+    trunk = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0)
+    pooled = trunk.eval()(images)
+    torch.testing.assert_close(model.encode_image(images)["pooled"], pooled, rtol=0, atol=1e-5)
+    for name in ("open_clip", "hf"):
+        words = rf"--format {name} cannot express model\.augmentation={{'width': 5.*only null"
+        with pytest.raises(ConfigError, match=words):
+            export(tmp_path / "run", name, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import models
+from loaders.errors import ConfigError
 from models.image_timm import PRESETS
 from tests.models.reference import random_captions
 
@@ -175,3 +176,53 @@ def test_bfloat16_weights():
     states = (1000 + torch.randn(5, 64)).to(torch.bfloat16)
     exact = torch.nn.functional.layer_norm(states.double(), (64,), eps=1e-12)
     assert torch.equal(norm(states), exact.to(torch.bfloat16))
+
+
+LATE = {"similarity": "late", "token_dim": 10}
+TRUNKS = {  # name -> size, tokens that are places, those before them
+    "vit_tiny_patch16_224": (32, 4, 1),
+    "vit_small_patch16_dinov3": (32, 4, 5),  # registers too
+    "swin_tiny": (64, 4, 0),
+    "resnet18": (64, 4, 0),
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@torch.no_grad()
+def test_token_features_are_of_places_and_of_text(name):
+    size, places, before = TRUNKS[name]
+    model = build_small(name, size, **LATE).eval()
+    images, ids = inputs(size=size)
+    image, text = model.encode_image(images), model.encode_text(ids)
+    projected = model.image_token_projection(image["tokens"][:, before:])
+    expected = projected / projected.norm(dim=2, keepdim=True)
+    assert image["token_features"].shape == (3, places, 10)
+    torch.testing.assert_close(image["token_features"], expected)
+    assert image["token_features"].dtype == text["token_features"].dtype == torch.float32
+
+    used = text["tokens"].shape[1]
+    assert used < 16
+    projected = model.text_token_projection(text["tokens"])
+    expected = projected / projected.norm(dim=2, keepdim=True)
+    assert text["token_features"].shape == (3, 16, 10)
+    torch.testing.assert_close(text["token_features"][:, :used], expected)
+    assert not text["token_features"][:, used:].any()
+    # Up to and with the end, which is the largest id.
+    assert torch.equal(text["token_mask"], torch.arange(16) <= ids.argmax(dim=1)[:, None])
+    # One text alone, cut elsewhere, is the same.
+    shortest = ids.argmax(dim=1).argmin()
+    alone = model.encode_text(ids[shortest][None])
+    assert torch.equal(alone["token_mask"][0], text["token_mask"][shortest])
+    valid = alone["token_mask"][0]
+    torch.testing.assert_close(
+        alone["token_features"][0, valid], text["token_features"][shortest, valid]
+    )
+
+
+def test_token_projections_are_there_for_late_interaction_only():
+    names = {key for key, _ in build_small().named_parameters()}
+    late = {key for key, _ in build_small(**LATE).named_parameters()}
+    assert late - names == {"image_token_projection.weight", "text_token_projection.weight"}
+    assert "token_features" not in build_small().eval().encode_image(inputs()[0])
+    with pytest.raises(ConfigError, match="which tokens of 'pit_ti_224' are class tokens"):
+        build_small("pit_ti_224", 224, **LATE)
