@@ -30,7 +30,7 @@ def start(name, stage, world_size, pieces=1, bf16=False):
 def build(name):
     """Model and method, the same at every start."""
     torch.manual_seed(5)
-    model = models.build(tiny.MODEL)
+    model = models.build({**tiny.MODEL, **small.MODELS.get(name, {})})
     return deepspeed_engine.TrainModule(model, small.build(name, tiny.DIMS)).train()
 
 

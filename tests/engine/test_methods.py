@@ -20,6 +20,7 @@ from engine import checkpoint
 from models import weights
 from tests import multiprocess
 from tests.engine import family, tiny
+from tests.losses import small
 
 STEPS = 2
 # Between them they have a queue, heads over ranks, a teacher, and a parameter in the loss.
@@ -111,7 +112,8 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(found, name)
         np.testing.assert_allclose(ours[key], value, **CLOSE, err_msg=key)
     # Evaluation reads the model alone, and finds all it needs there.
     saved = folder / "wandering"
-    (saved / "config.yaml").write_text(json.dumps({"model": tiny.MODEL}))  # JSON is YAML
+    model = {**tiny.MODEL, **small.MODELS.get(name, {})}
+    (saved / "config.yaml").write_text(json.dumps({"model": model}))  # JSON is YAML
     evaluated = weights.load(checkpoint.last_good(saved)).model.state_dict()
     assert {f"model.{key}" for key in evaluated} == {k for k in ours if k.startswith("model.")}
     for key, value in evaluated.items():

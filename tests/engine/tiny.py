@@ -8,6 +8,7 @@ from engine import deepspeed_engine, optim
 from engine.config import OptimConfig
 from engine.step import Stepper
 from losses._gather import Gather
+from tests.losses import small
 
 MODEL = {
     "image": {
@@ -23,8 +24,9 @@ DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "
 
 def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
-    settings = {**MODEL, "image": {**MODEL["image"]}}
-    settings["image"]["kwargs"] = {**MODEL["image"]["kwargs"], "drop_path_rate": drop_path}
+    settings = {**MODEL, **small.MODELS.get(name, {})}
+    kwargs = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
+    settings["image"] = {**settings["image"], "kwargs": kwargs}
     return deepspeed_engine.TrainModule(
         models.build(settings), losses.build(name, {}, DIMS)
     ).train()
@@ -37,9 +39,12 @@ def make_batch(step, size, images=2, texts=1):
     labels = torch.randint(-1, 5, (size,), generator=generator)
     images = torch.randn(size, images, 3, 32, 32, generator=generator)
     seeds = torch.randint(0, 2**62, (size + 1,), generator=generator)
+    objects = torch.randn(size, 3, 6, generator=generator)
+    found = torch.randint(0, 4, (size, 1), generator=generator)  # none to three in an image
     return {
         "image": images, "text": text, "label": labels,
         "seed": seeds[1:], "step_seed": seeds[:1].repeat(size),
+        "objects": objects, "objects_mask": torch.arange(3) < found,
     }  # fmt: skip
 
 

@@ -16,6 +16,15 @@ OPTIONS = {
     "otter": {"form": "released", "alpha": 0.8},
 }
 
+# What differs from `tests.engine.tiny.MODEL`, for methods that need another model.
+MODELS = {
+    "pyramidclip": {
+        "image": {"name": "vit_tiny_patch16_224", "size": 32,
+                  "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}},
+        "regions": {"width": 6, "count": 3, "blocks": 1},
+    },
+}  # fmt: skip
+
 
 def build(name, dims, **options):
     """Method `name` with small heads and queues, and the options that it has of those given."""
