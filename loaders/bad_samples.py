@@ -79,12 +79,14 @@ def describe_failure(
     what += f" (in all: {counts})" if len(reasons) > 1 else " as all of them"
     if reasons.keys() <= ABSENT:
         return f"{what}; {_explain_caption(shards, index, *caption)}"
-    if lacking := [name for name in ARRAYS if f"no_{name}" in reasons]:
-        name = lacking[0]
-        return (
-            f"{what}; the method needs an array of each sample as a member .{name}.npy; join them "
-            f"with python data_prep/annotate.py IN --arrays {name}=FOLDER --out OUT"
-        )
+    for name in ARRAYS:
+        if reasons.keys() == {f"no_{name}"}:
+            return (
+                f"{what}; the method needs an array of each sample as a member .{name}.npy; join "
+                f"them with python data_prep/annotate.py IN --arrays {name}=FOLDER --out OUT"
+            )
+    if reasons.keys() == {"array_width"}:
+        return f"{what}; its rows have another width than the model's configuration states"
     if reasons.keys() == {"no_image"}:
         extensions = member_extensions(last.shard, last.key)
         return f"{what}; it holds {listed(extensions)}. Read are {READ_EXTENSIONS}; rename them"

@@ -9,6 +9,7 @@ be reloaded here is reloaded, and its features are compared, before the command 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -46,7 +47,8 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     """Write the model of a run or checkpoint folder into the new folder `output`.
 
     Returns:
-        The line of Python that loads it.
+        The line of Python that loads it, and what is left out, which is said: `model.regions`,
+        which only training uses, is in our own formats alone.
 
     Raises:
         ConfigError: `output` holds files already, or the format cannot express the model; the
@@ -60,9 +62,10 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
 
     run, write = weights.load_run(checkpoint), writer(format_name)
     _refuse_inexpressible(run.model.cfg, format_name)
+    left_out = _without_regions(run, format_name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return write(run, folder)
+        return write(run, folder) + left_out
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -81,6 +84,15 @@ def _refuse_inexpressible(cfg: ModelConfig, format_name: str) -> None:
                 f"--format {format_name} cannot express model.{name}={value}, only {usual}; use "
                 "--format safetensors or pt, which `models.weights.load` reads"
             )
+
+
+def _without_regions(run: LoadedRun, format_name: str) -> str:
+    """Take the path of objects out of a model for other libraries; a line that says so, or none."""
+    if run.model.cfg.regions is None or format_name in ("pt", "safetensors"):
+        return ""
+    run.model.regions = None
+    run.model.cfg = dataclasses.replace(run.model.cfg, regions=None)
+    return "\nleft out: model.regions, which only training uses"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
