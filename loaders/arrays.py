@@ -1,4 +1,4 @@
-"""Arrays of a sample: members `NAME.npy`, such as the features of the objects that a detector found.
+"""Arrays of a sample: members `NAME.npy`, such as features of the objects that a detector found.
 
 They come from anywhere, as the tars do. Only a table of floats is taken, its header is compared
 with its length before anything of its size is made, and nothing is ever unpickled. No torch here:

@@ -182,7 +182,8 @@ class TripletDataset(Dataset):
         picture = self.decode(shards.read_image(index))
         _seed(seed)
         views = stack([view(picture) for view in self.views])
-        views |= {name: torch.from_numpy(table) for found in tables for name, table in found.items()}
+        for found in tables:
+            views |= {name: torch.from_numpy(table) for name, table in found.items()}
         return {**views, "text": texts, "label": label, "seed": seed >> 1}  # fits int64
 
     def _describe(self, source: int, index: int, reason: str) -> BadSample:

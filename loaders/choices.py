@@ -15,7 +15,7 @@ AUGMENTATIONS = (  # loaders.views.build_train
     *("unicl_release", "paper", "clip", "clipart", "none"),
     # loaders.recipes.RECIPES
     *("slip_weak", "slip_strong", "simclr", "moco_v3_first", "moco_v3_second", "declip", "uniclip"),
-    *("align", "alip", "otter", "autoaugment", "clipart_strong", "pyramidclip_global"),
+    *("align", "alip", "otter", "autoaugment", "clipart_strong"),
 )
 # The images of `unicl_release`, blended in pairs with their targets (losses/_mixing.py).
 MIXED = "mixup_cutmix"

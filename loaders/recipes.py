@@ -64,8 +64,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         # SLIP (facebookresearch/SLIP, main.py): the crop of the image that meets the text; LaCLIP's
         # too, and of its area PyramidCLIP's local view.
         "slip_weak": Recipe(scale=(0.5, 1.0)),
-        # PyramidCLIP's global view (arXiv 2204.14095): nearly all of the picture.
-        "pyramidclip_global": Recipe(scale=(0.9, 1.0)),
         # The two views of SLIP's self-supervision (main.py, datasets.py).
         "slip_strong": Recipe(**_SLIP),
         # SimCLR (arXiv 2002.05709, appendix A) at colour strength 1.

@@ -9,13 +9,13 @@ share one multiplier. With w_g, w_l the weights of the levels that are crossed,
     L_xy = -1/2B sum_ij q_ij (log softmax_j(scale x_i.y_j) + log softmax_j(scale y_i.x_j))
     q_ii = 1 - e,    q_ij = e / (B - 1) elsewhere
 
-over the global batch. These targets are ALIGN's (`losses/align.py`) with a smoothing of e B/(B - 1).
+over the global batch. These targets are those of `losses/align.py` with a smoothing of e B/(B - 1).
 Without objects two pairs fall away, and a crossed level is the pair that it has left.
 
-No training program was released; pairs, weights and e are those that reviews quote of the paper. As
-quoted, q_ii is 1 - e + e / (B - 1), so that a row adds up to more than 1: `targets=literal`. That is
-(1 + e/(B - 1)) times ALIGN's loss with a smoothing of e B/(B - 1 + e). Whether B is the global
-batch is not said; here it is.
+No training program was released; pairs, weights and e are those that others quote of the paper. As
+quoted, q_ii is 1 - e + e/(B - 1), so that a row adds up to more than 1: `targets=literal`. That is
+1 + e/(B - 1) times ALIGN's loss with a smoothing of e B/(B - 1 + e). Whether B is the global batch
+is not said; here it is.
 """
 
 from dataclasses import dataclass
@@ -132,9 +132,7 @@ class Method(Base):
         for (level, all_pairs), weight in zip(LEVELS.items(), weights, strict=True):
             pairs = [pair for pair in all_pairs if cfg.objects or OBJECTS not in pair]
             terms = [
-                softened(
-                    features[x], features[y], scale, cfg.softening, gather, cfg.targets, walk
-                )
+                softened(features[x], features[y], scale, cfg.softening, gather, cfg.targets, walk)
                 for x, y in pairs
             ]
             out[f"{level}_loss"] = weight * sum(loss for loss, _ in terms) / len(pairs)

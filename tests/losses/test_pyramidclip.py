@@ -97,7 +97,7 @@ def total(features, **options):
 def test_worked_values(temperature, hard, literal, normalised):
     """Of a pair, and of six equal pairs, whose mean is that of one."""
     image, text = (torch.tensor(side, dtype=torch.float64) for side in (IMAGE, TEXT))
-    features = {name: image for name in IMAGES} | {name: text for name in TEXTS}
+    features = dict.fromkeys(IMAGES, image) | dict.fromkeys(TEXTS, text)
     features["scale"] = torch.full((3,), 1 / temperature, dtype=torch.float64)
     for softening, targets, value in (
         (0.0, "normalised", hard), (0.0, "literal", hard),
@@ -138,7 +138,7 @@ def test_without_softening_and_with_equal_levels_it_is_clip():
     clip = {"image": image, "text": text, "scale": scale}
     own = torch.arange(9)
     expected = losses.build("clip")(clip, own, Gather())
-    features = {name: image for name in IMAGES} | {name: text for name in TEXTS} | {"scale": scale}
+    features = dict.fromkeys(IMAGES, image) | dict.fromkeys(TEXTS, text) | {"scale": scale}
     for objects in (True, False):
         out = run(features, softening=0.0, objects=objects)
         loss = sum(loss_terms(out).values())
@@ -245,7 +245,8 @@ def test_views_objects_and_texts_come_into_the_features(objects):
 
 def test_a_model_without_regions_trains_without_objects():
     model = models.build(tiny.MODEL).train()
-    method, batch = small.build("pyramidclip", tiny.DIMS, objects=False), tiny.make_batch(1, 6, 2, 3)
+    method = small.build("pyramidclip", tiny.DIMS, objects=False)
+    batch = tiny.make_batch(1, 6, 2, 3)
     out = method(method.encode(model, batch), batch["label"], Gather())
     sum(loss_terms(out).values()).backward()
     assert model.image_projection.weight.grad.abs().max() > 0
