@@ -9,7 +9,6 @@ be reloaded here is reloaded, and its features are compared, before the command 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -62,10 +61,9 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
 
     run, write = weights.load_run(checkpoint), writer(format_name)
     _refuse_inexpressible(run.model.cfg, format_name)
-    left_out = _without_regions(run, format_name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return write(run, folder) + left_out
+        return write(run, folder) + _left_out(run.model.cfg, format_name)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -86,12 +84,10 @@ def _refuse_inexpressible(cfg: ModelConfig, format_name: str) -> None:
             )
 
 
-def _without_regions(run: LoadedRun, format_name: str) -> str:
-    """Take the path of objects out of a model for other libraries; a line that says so, or none."""
-    if run.model.cfg.regions is None or format_name in ("pt", "safetensors"):
+def _left_out(cfg: ModelConfig, format_name: str) -> str:
+    """A line on what the formats of other libraries have no place for and evaluation no use."""
+    if cfg.regions is None or format_name in ("pt", "safetensors"):
         return ""
-    run.model.regions = None
-    run.model.cfg = dataclasses.replace(run.model.cfg, regions=None)
     return "\nleft out: model.regions, which only training uses"
 
 

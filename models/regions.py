@@ -20,6 +20,8 @@ from loaders.errors import ConfigError
 from models.config import ModelConfig
 from models.text_transformer import INIT_STD
 
+UNTRAINED = 1e-4  # a class token below it is as timm's VisionTransformer starts it, at 1e-6
+
 
 class RegionPath(nn.Module):
     """What regions need beside the trunk: their projection and LayerNorm.
@@ -38,6 +40,10 @@ class RegionPath(nn.Module):
         self.projection = nn.Linear(cfg.regions.width, trunk.embed_dim, bias=False)
         self.norm = nn.LayerNorm(trunk.embed_dim)
         nn.init.trunc_normal_(self.projection.weight, std=INIT_STD)
+        if trunk.cls_token.abs().max() < UNTRAINED:
+            # timm starts it at nothing, since a position is added to it. Here none is, and the
+            # LayerNorms would multiply its gradient by thousands. As OpenAI's CLIP starts it.
+            nn.init.normal_(trunk.cls_token, std=trunk.embed_dim**-0.5)
         trunk.forward = MethodType(_features, trunk)
 
     def forward(self, trunk: nn.Module, regions: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import models
 from loaders.errors import ConfigError
 from models.config import ModelConfig
+from models.regions import RegionPath
 from tests.engine import run_folder
 
 VIT = {"name": "vit_tiny_patch16_224", "size": 32,
@@ -108,7 +109,7 @@ def test_images_are_encoded_as_without_the_path():
 @pytest.mark.parametrize(
     ("image", "regions", "words"),
     [
-        ({"name": "swin_tiny", "size": 32, "kwargs": {"window_size": 4}}, {},
+        (run_folder.IMAGES["swin"], {},
          r"'swin_tiny' is not; there are vit_base_patch16,.*model\.regions=null"),
         ({"name": "test_resnet", "size": 48}, {}, "ViT with a class token"),
         ({**VIT, "kwargs": {**VIT["kwargs"], "global_pool": "avg"}}, {}, "ViT with a class token"),
@@ -126,3 +127,22 @@ def test_what_does_not_fit_is_refused_by_name(image, regions, words):
 def test_defaults_are_published():
     regions = ModelConfig.from_dict({"regions": {}}).regions
     assert (regions.width, regions.count, regions.blocks) == (2052, 10, 3)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch32_clip_224"])
+def test_the_gradient_of_the_class_token_is_no_larger_than_that_of_the_rest(name):
+    """timm starts it at 1e-6, from where two LayerNorms would multiply its gradient by 1e5."""
+    torch.manual_seed(0)
+    settings = {"image": {**VIT, "name": name}, "text": TEXT, "embed_dim": 24, "regions": SHAPE}
+    model, (values, mask) = models.build(settings), objects()
+    model.encode_regions(values, mask)["feature"][:, 0].sum().backward()
+    sizes = {n: p.grad.norm() for n, p in model.named_parameters() if p.grad is not None}
+    token = sizes.pop("image.trunk.cls_token")
+    assert token < 10 * max(sizes.values())
+
+
+def test_a_class_token_that_was_trained_is_kept():
+    trunk = build().image.trunk
+    before = trunk.cls_token.detach().clone()
+    RegionPath(ModelConfig.from_dict({"image": VIT, "regions": SHAPE}), trunk)
+    assert torch.equal(trunk.cls_token, before)
