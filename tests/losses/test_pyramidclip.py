@@ -112,8 +112,9 @@ def test_worked_values(temperature, hard, literal, normalised):
             assert abs(total(features, **options).item() - value) < 1e-11
 
 
-def test_values_and_gradients_equal_dense_float64():
-    for seed in range(60):
+@pytest.mark.parametrize("block", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 2))])
+def test_values_and_gradients_equal_dense_float64(block):
+    for seed in range(20 * block, 20 * block + 20):
         features, options = case(seed)
         other, method = leaves(features), build(**options)
         out = run(features, **options)
