@@ -16,9 +16,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
-KINDS = ("two_tower",)
+# Kind of model -> the texts that it can be built with (`model.text.name`).
+KINDS = {"two_tower": ("transformer", "hf"), "one_tower": ("pixels",)}
 SIMILARITIES = ("cosine",)
-TEXT_TOWERS = ("transformer", "hf")
+TEXT_TOWERS = ("transformer", "hf", "pixels")
+RENDERED = "rendered"  # the tokenizer that draws a text (loaders.render)
 HF_POOLINGS = ("first", "mean")
 
 
@@ -84,13 +86,14 @@ class ImageConfig(_Section):
 
 @dataclass(frozen=True)
 class TextConfig(_Section):
-    """Text tower: `transformer` (CLIP's, as UniCL uses it) or `hf` (a Hugging Face encoder).
+    """Text tower: `transformer` (CLIP's, as UniCL uses it), `hf` (a Hugging Face encoder), or
+    `pixels`: texts are drawn by `tokenizer: rendered` and read by the image tower.
 
     `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
     from its own configuration. `hf_name` is a model name or folder; `hf_config` is a mapping with
     `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights and
     a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens that
-    are not padding.
+    are not padding. Of all keys `pixels` has `name` and `tokenizer` alone.
     """
 
     name: str = "transformer"
@@ -112,6 +115,11 @@ class TextConfig(_Section):
             self.name in TEXT_TOWERS,
             f"{self.where}.name must be one of {TEXT_TOWERS}, got {self.name!r} "
             "(for a Hugging Face model write name: hf and hf_name: ...)",
+        )
+        _require(
+            (self.name == "pixels") == (self.tokenizer == RENDERED),
+            f"{self.where}: name: {self.name} does not go with tokenizer: {self.tokenizer}; texts "
+            f"as pictures have name: pixels and tokenizer: {RENDERED}, both",
         )
         self._require_positive("width", "layers", "heads", "context_length", "vocab_size")
         _require(
@@ -148,11 +156,29 @@ class RegionsConfig(_Section):
 
 
 @dataclass(frozen=True)
+class AugmentationConfig(_Section):
+    """The part that is told what was done to an image (`models.augmentation`).
+
+    `width` is that of the encoder of an image view's parameters and of what it makes of them,
+    `hidden` that of the hidden layer which joins this with the image.
+    """
+
+    width: int = 256
+    hidden: int = 1024
+
+    where = "model.augmentation"
+
+    def __post_init__(self) -> None:
+        self._require_positive("width", "hidden")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
-    compared: by the cosine of their features, wherever a model is used.
+    compared: by the cosine of their features, wherever a model is used. `augmentation` is the part
+    that is told what was done to an image; without it the model has none.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -168,6 +194,7 @@ class ModelConfig(_Section):
     kind: str = "two_tower"
     similarity: str = "cosine"
     regions: RegionsConfig | None = None
+    augmentation: AugmentationConfig | None = None
 
     where = "model"
 
@@ -182,10 +209,18 @@ class ModelConfig(_Section):
             self.regions is None or self.kind == "two_tower",
             f"{self.where}.regions needs {self.where}.kind=two_tower, got {self.kind!r}",
         )
+        if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
+            section = AugmentationConfig.from_dict(self.augmentation)
+            object.__setattr__(self, "augmentation", section)
         self._require_positive("embed_dim")
-        for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
+        for name, known in (("kind", tuple(KINDS)), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
             _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
+        _require(
+            self.text.name in KINDS[self.kind],
+            f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
+            + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
+        )
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(

@@ -22,11 +22,16 @@ MODEL = {
 DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "vocab_size": 49409}
 
 
+def model_settings(name):
+    """The `model:` section that method `name` trains."""
+    return {**MODEL, **small.MODELS.get(name, {})}
+
+
 def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
-    settings = {**MODEL, **small.MODELS.get(name, {})}
-    kwargs = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
-    settings["image"] = {**settings["image"], "kwargs": kwargs}
+    settings = model_settings(name)
+    settings["image"] = {**settings["image"]}
+    settings["image"]["kwargs"] = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
     return deepspeed_engine.TrainModule(
         models.build(settings), losses.build(name, {}, DIMS)
     ).train()
@@ -37,12 +42,13 @@ def make_batch(step, size, images=2, texts=1):
     text = torch.randint(1, 49000, (size, texts, 12), generator=generator)
     text[:, :, -1] = 49407
     labels = torch.randint(-1, 5, (size,), generator=generator)
-    images = torch.randn(size, images, 3, 32, 32, generator=generator)
+    pixels = torch.randn(size, images, 3, 32, 32, generator=generator)
     seeds = torch.randint(0, 2**62, (size + 1,), generator=generator)
+    parameters = torch.rand(size, images, 13, generator=generator)
     objects = torch.randn(size, 3, 6, generator=generator)
     found = torch.randint(0, 4, (size, 1), generator=generator)  # none to three in an image
     return {
-        "image": images, "text": text, "label": labels,
+        "image": pixels, "augmentation": parameters, "text": text, "label": labels,
         "seed": seeds[1:], "step_seed": seeds[:1].repeat(size),
         "objects": objects, "objects_mask": torch.arange(3) < found,
     }  # fmt: skip

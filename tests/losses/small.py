@@ -16,8 +16,9 @@ OPTIONS = {
     "otter": {"form": "released", "alpha": 0.8},
 }
 
-# What differs from `tests.engine.tiny.MODEL`, for methods that need another model.
+# What a method's model needs beyond the tiny one (tests/engine/tiny.py).
 MODELS = {
+    "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
     "pyramidclip": {
         "image": {"name": "vit_tiny_patch16_224", "size": 32,
                   "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}},
