@@ -67,6 +67,7 @@ def build(name: str, dimension: int, **options: Any) -> TrainModule:
             "embed_dim": dimension, **MODELS.get(name, {}),
         }
     )  # fmt: skip
+    options = {"objects": False, **options}  # they need another tower
     known = {field.name for field in dataclasses.fields(losses.find(name).Config)}
     given = {key: value for key, value in options.items() if key in known}
     dims = {

@@ -50,7 +50,7 @@ def tokenize(texts: list[str]) -> torch.Tensor:
 
 def make(folder: Path, shards: int) -> None:
     """FOLDER/{image_label_set, image_text_set} with `shards` tars together."""
-    row = tarreader._row_type(9)
+    row = tarreader._row_type(9, tarreader.PARTS)
     index = np.zeros(PER_SHARD, row)
     index["image_offset"] = np.arange(PER_SHARD) * MEMBER + 512
     index["image_size"] = MEMBER - 4096

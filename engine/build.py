@@ -22,6 +22,7 @@ from engine import (
 )
 from engine.schedule import learning_rate
 from loaders import caption_recipes, choices, source_names, texts, tokenizers, views
+from loaders.arrays import ArrayShape
 from loaders.batch import TextOptions, TripletDataset
 from loaders.errors import ConfigError, DataError
 from loaders.labels import LabelSpace
@@ -188,6 +189,7 @@ def dataset(plan: Plan) -> TripletDataset:
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
         decode=views.decoder(),
+        arrays=_arrays(plan, model),
     )
     made.try_sources()
     return made
@@ -238,6 +240,16 @@ def build_method(plan: Plan, model: nn.Module) -> Method:
         "vocab_size": model.cfg.text.vocab_size,
     }
     return losses.build(settings.pop("name", "unicl"), settings, dims)
+
+
+def _arrays(plan: Plan, model: ModelConfig) -> list[ArrayShape]:
+    """The arrays of each sample; `engine.config_rules` has seen that the model says their shape."""
+    settings = dict(OmegaConf.to_container(plan.cfg.loss, resolve=True))
+    settings.pop("name", None)
+    options = losses.read_config(plan.method.Config, settings, "loss")
+    shapes = {"objects": model.regions}
+    needed = plan.method.needs(options)
+    return [ArrayShape(name, shapes[name].count, shapes[name].width) for name in needed]
 
 
 def model_config(cfg: DictConfig) -> ModelConfig:

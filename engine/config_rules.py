@@ -92,7 +92,7 @@ def check(cfg: DictConfig) -> None:
     loss = dict(values["loss"])
     try:
         method = losses.find(loss.pop("name", "unicl"))
-        losses.read_config(method.Config, loss, "loss")
+        options = losses.read_config(method.Config, loss, "loss")
         method.check_model(model)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -102,6 +102,7 @@ def check(cfg: DictConfig) -> None:
             f"trains models with model.similarity={method.similarity}, by which they are evaluated "
             "too; set it, or take another loss"
         )
+    _check_objects("objects" in method.needs(options), model, cfg.loss.get("name", "unicl"))
     _exactly_one(cfg.train, "train", ("epochs", "samples", "steps"))
     _exactly_one(cfg.optim, "optim", ("warmup_epochs", "warmup_steps"))
     for key, (holds, words) in RANGES.items():
@@ -128,6 +129,22 @@ def check(cfg: DictConfig) -> None:
             f"data.caption={caption}: loss.name={cfg.loss.name} has texts of different kinds; give "
             f"each its source, data.caption={{{each}}}. python data_prep/annotate.py joins a table "
             "of texts into the samples of a set"
+        )
+
+
+def _check_objects(needed: bool, model: ModelConfig, name: str) -> None:
+    """A method that reads objects needs the part of a model that encodes them, and no other has a
+    use for it."""
+    if needed and model.regions is None:
+        raise ConfigError(
+            f"loss.name={name} reads the objects of images, for which the model needs "
+            "model.regions={width: W, count: R}, W numbers of each of at most R objects; without "
+            "objects in the data set loss.objects=false"
+        )
+    if model.regions is not None and not needed:
+        raise ConfigError(
+            f"model.regions is of no use: loss.name={name} does not read objects; remove it, or "
+            "set it to null"
         )
 
 

@@ -9,7 +9,7 @@ from loaders.errors import TooManyBadSamples
 from loaders.manifest import OversizedMember, ShardSet
 from loaders.manifest_file import is_text
 from loaders.tarheaders import shown
-from loaders.tarreader import READ_EXTENSIONS, listed, member_extensions
+from loaders.tarreader import ARRAYS, READ_EXTENSIONS, listed, member_extensions
 from loaders.texts import ABSENT
 
 _PLAIN_KEY = re.compile(r"[\w.-]{1,60}")  # of a `.json`, to be typed on a command line
@@ -79,6 +79,14 @@ def describe_failure(
     what += f" (in all: {counts})" if len(reasons) > 1 else " as all of them"
     if reasons.keys() <= ABSENT:
         return f"{what}; {_explain_caption(shards, index, *caption)}"
+    for name in ARRAYS:
+        if reasons.keys() == {f"no_{name}"}:
+            return (
+                f"{what}; the method needs an array of each sample as a member .{name}.npy; join "
+                f"them with python data_prep/annotate.py IN --arrays {name}=FOLDER --out OUT"
+            )
+    if reasons.keys() == {"array_width"}:
+        return f"{what}; its rows have another width than the model's configuration states"
     if reasons.keys() == {"no_image"}:
         extensions = member_extensions(last.shard, last.key)
         return f"{what}; it holds {listed(extensions)}. Read are {READ_EXTENSIONS}; rename them"

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
+from loaders import arrays
+from loaders.arrays import ArrayShape, BadArray
 from loaders.bad_samples import BadSample, describe_failure
 from loaders.bad_samples import BadSampleCounter as BadSampleCounter
 from loaders.captions import check_sources, draw
@@ -56,6 +58,7 @@ class TripletDataset(Dataset):
             label <= -2 (Florence, arXiv 2111.11432, section 2.2); of several captions, the one
             that is drawn first.
         decode: bytes -> what the views take (`loaders.decoders.decoder`).
+        arrays: those that every sample must have, and what they are padded to.
 
     Raises `ConfigError` for an unknown `caption_labels`, and where only some views report their
     parameters.
@@ -71,6 +74,7 @@ class TripletDataset(Dataset):
         seed: int,
         caption_labels: str = "unique",
         decode: Decoder = decode,
+        arrays: Sequence[ArrayShape] = (),
     ) -> None:
         if caption_labels not in CAPTION_LABELS:
             raise ConfigError(
@@ -79,7 +83,7 @@ class TripletDataset(Dataset):
         check_parameters(views)
         self.sources, self.label_space, self.views = list(sources), label_space, list(views)
         self.texts, self.tokenizer, self.seed = texts, tokenizer, seed
-        self.caption_labels, self.decode = caption_labels, decode
+        self.caption_labels, self.decode, self.arrays = caption_labels, decode, tuple(arrays)
         self.ends = np.cumsum([len(source) for source in self.sources])
         self.notes = ReadingNotes(0)  # a worker gets its loader's
 
@@ -121,7 +125,7 @@ class TripletDataset(Dataset):
 
     def __getitems__(self, addresses: Sequence[tuple[int, int, int]]) -> list[dict]:
         """Samples of several positions: image (V, 3, H, W) uint8, text (T, …), and numbers;
-        augmentation (V, P) float32 where the views report it.
+        augmentation (V, P) float32 where the views report it, and what `loaders.arrays` reads.
 
         Called by torch's loader; the texts of all are tokenized in one call, and the trainer's
         random state is put aside once. A bad sample is recorded and replaced by another of its
@@ -148,7 +152,7 @@ class TripletDataset(Dataset):
             try:
                 with self.notes.reading(source, index):
                     sample = self._make(source, index, _hash(self.seed, step, position, attempt))
-            except (BadImage, BadText, MissingMember) as error:
+            except (BadImage, BadText, BadArray, MissingMember) as error:
                 bad.append(self._describe(source, index, error.reason))
                 caption = getattr(error, "where", None) or caption
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
@@ -174,9 +178,12 @@ class TripletDataset(Dataset):
         else:  # a `.cls` beside a caption is for evaluation and must not reach the loss
             texts, first = draw(shards, index, self.texts, rng)
             label = caption_group(first) if self.caption_labels == "by_text" else PAIR
+        tables = [arrays.read(shards, index, shape) for shape in self.arrays]
         picture = self.decode(shards.read_image(index))
         _seed(seed)
         views = stack([view(picture) for view in self.views])
+        for found in tables:
+            views |= {name: torch.from_numpy(table) for name, table in found.items()}
         return {**views, "text": texts, "label": label, "seed": seed >> 1}  # fits int64
 
     def _describe(self, source: int, index: int, reason: str) -> BadSample:

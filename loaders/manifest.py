@@ -50,13 +50,21 @@ class ShardInfo:
 
 
 class MissingMember(LookupError):
-    """A sample lacks the image that was asked for; `reason` is one short word for the counts."""
+    """A sample lacks what was asked for; `reason` is one short word for the counts."""
 
     reason = "no_image"
 
 
+class MissingArray(MissingMember):
+    """A sample lacks an array; `reason` names it, as `no_objects`."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.reason = f"no_{name}"
+
+
 class OversizedMember(MissingMember):
-    """An image, text or JSON too large to be read (`tarreader.MAX_BYTES`)."""
+    """An image, text, JSON or array too large to be read (`tarreader.MAX_BYTES`)."""
 
     reason = "member_too_large"
 
@@ -153,6 +161,16 @@ class ShardSet:
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
+
+    def read_array(self, i: int, name: str) -> bytes:
+        """Content of `.NAME.npy` of sample i, NAME of `tarreader.ARRAYS`; what is in it is not
+        looked at (`loaders.arrays`). Raises `MissingArray` if there is none.
+        """
+        held = f"{name}_offset" in self._row(i)[1].dtype.names  # by any sample of its tar
+        data = self._read(i, name) if held else None
+        if data is None:
+            raise MissingArray(f"{self._describe(i)} has no .{name}.npy", name)
+        return data
 
     def _describe(self, i: int) -> str:
         return f"{self.shard_of(i)}: sample {shown(self.key(i))}"

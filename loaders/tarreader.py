@@ -33,10 +33,13 @@ READ_EXTENSIONS = (
 )
 NO_LABEL = -1
 INDEX_FOLDER = ".index"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_ENVIRONMENT = "UNICL_INDEX_DIR"
 # What a tar claims is never taken into memory unseen: a file with holes may claim any size.
-MAX_BYTES = {"image": 1 << 29, "text": 1 << 24, "json": 1 << 24}  # of a member that is read
+PARTS = {"image": 1 << 29, "text": 1 << 24, "json": 1 << 24}  # bytes of a member that is read
+# NAME of members `.NAME.npy`, read by loaders/arrays.py. Only a tar with one has columns for them.
+ARRAYS = {"objects": 1 << 24}
+MAX_BYTES = PARTS | ARRAYS
 ABSENT, TOO_LARGE = -1, -2  # as offsets in the index
 
 _MAX_CLASS_BYTES = 64  # of a `.cls`
@@ -46,10 +49,10 @@ def build_index(path: str | os.PathLike) -> np.ndarray:
     """Index a tar: one row per sample, in tar order, without reading images.
 
     Returns a structured array with fields `key` (bytes), `image_offset`, `image_size`,
-    `text_offset`, `text_size`, `json_offset`, `json_size` (offset ABSENT: no such member,
-    TOO_LARGE: more than MAX_BYTES) and `label` (from `.cls`, else the integer `label` of `.json`,
-    else -1). Raises `DataError` as `iterate_members`, and for a key that occurs twice, a malformed
-    `.cls`, or no image at all.
+    `text_offset`, `text_size`, `json_offset`, `json_size`, two more for each of ARRAYS that any
+    sample has (offset ABSENT: no such member, TOO_LARGE: more than MAX_BYTES), and `label` (from
+    `.cls`, else the integer `label` of `.json`, else -1). Raises `DataError` as `iterate_members`,
+    and for a key that occurs twice, a malformed `.cls`, or no image at all.
     """
     require_file(path)
     rows, seen, extensions = [], set(), set()
@@ -65,11 +68,9 @@ def build_index(path: str | os.PathLike) -> np.ndarray:
             seen.add(key)
             extensions.update(parts)
             image = next((parts[name] for name in IMAGE_EXTENSIONS if name in parts), None)
-            row = [os.fsencode(key)]
-            members = (image, parts.get("txt"), parts.get("json"))
-            for limit, member in zip(MAX_BYTES.values(), members, strict=True):
-                row += _place(member, limit)
-            rows.append((*row, _read_label(path, key, file.fileno(), parts)))
+            members = {"image": image, "text": parts.get("txt"), "json": parts.get("json")}
+            members |= {name: parts.get(f"{name}.npy") for name in ARRAYS}
+            rows.append((os.fsencode(key), members, _read_label(path, key, file.fileno(), parts)))
     if not extensions.intersection(IMAGE_EXTENSIONS):
         if not extensions:
             raise DataError(f"{path}: empty: no sample in it; delete the shard")
@@ -78,7 +79,12 @@ def build_index(path: str | os.PathLike) -> np.ndarray:
             f"{READ_EXTENSIONS}. Write the shard again with such names (keys hold no dot), or "
             "leave it out"
         )
-    return np.array(rows, dtype=_row_type(max(len(row[0]) for row in rows)))
+    held = [part for part in MAX_BYTES if part in PARTS or f"{part}.npy" in extensions]
+    places = (
+        (key, *(number for part in held for number in _place(part, members[part])), label)
+        for key, members, label in rows
+    )
+    return np.array(list(places), dtype=_row_type(max(len(row[0]) for row in rows), held))
 
 
 def member_extensions(path: str | os.PathLike, key: str) -> set[str]:
@@ -96,7 +102,7 @@ def listed(extensions: Iterable[str]) -> str:
 def open_index(path: str | os.PathLike) -> np.ndarray:
     """Memory-mapped index of a tar (see `build_index`), built and stored when there is none.
 
-    Stored as `.index/NAME.SIZE.MTIME.v1.npy` beside the tar, so a changed tar gets a new index;
+    Stored as `.index/NAME.SIZE.MTIME.v2.npy` beside the tar, so a changed tar gets a new index;
     when that folder cannot be written, under the folder named by `UNICL_INDEX_DIR`. Written
     under another name and renamed, so ranks may race. Raises `DataError` when neither can be
     written.
@@ -173,16 +179,22 @@ class _Descriptor:
             os.close(self.number)
 
 
-def _row_type(key_bytes: int) -> np.dtype:
-    names = [f"{part}_{what}" for part in MAX_BYTES for what in ("offset", "size")]
+def indexed_parts(index: np.ndarray) -> list[str]:
+    """Those of MAX_BYTES that an index has columns for."""
+    return [part for part in MAX_BYTES if f"{part}_offset" in (index.dtype.names or ())]
+
+
+def _row_type(key_bytes: int, parts: Iterable[str]) -> np.dtype:
+    names = [f"{part}_{what}" for part in parts for what in ("offset", "size")]
     return np.dtype([("key", f"S{key_bytes}")] + [(n, "<i8") for n in (*names, "label")])
 
 
-def _place(member: Member | None, limit: int) -> list[int]:
+def _place(part: str, member: Member | None) -> tuple[int, int]:
     """Offset and size of a member in an index row."""
     if member is None:
-        return [ABSENT, 0]
-    return [member.offset, member.size] if member.size <= limit else [TOO_LARGE, 0]
+        return ABSENT, 0
+    fits = member.size <= MAX_BYTES[part]
+    return (member.offset, member.size) if fits else (TOO_LARGE, 0)
 
 
 def _mapped(file: Path) -> np.ndarray:
@@ -197,13 +209,15 @@ def _load_index(file: Path, tar_bytes: int) -> np.ndarray | None:
     """
     try:
         index = _mapped(file)
-        if index.ndim != 1 or index.dtype != _row_type(index.dtype["key"].itemsize):
+        parts = list(dict.fromkeys([*PARTS, *indexed_parts(index)]))
+        if index.ndim != 1 or index.dtype != _row_type(index.dtype["key"].itemsize, parts):
             return None
     except Exception:  # numpy and the compiler that reads its header raise anything on such files
         return None
-    for part, limit in MAX_BYTES.items():
+    for part in parts:
         offset, size = index[f"{part}_offset"], index[f"{part}_size"]
-        inside = (offset >= 0) & (size >= 0) & (size <= limit) & (size <= tar_bytes - offset)
+        fits = (size <= MAX_BYTES[part]) & (size <= tar_bytes - offset)
+        inside = (offset >= 0) & (size >= 0) & fits
         if not (inside | (((offset == ABSENT) | (offset == TOO_LARGE)) & (size == 0))).all():
             return None
     return index

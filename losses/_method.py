@@ -87,6 +87,15 @@ class Method(nn.Module):
             ValueError: names the key of `model:` and what it has to be.
         """
 
+    @classmethod
+    def needs(cls, cfg: Any) -> tuple[str, ...]:
+        """Arrays that every sample must have, as `batch[NAME]` and `batch[NAME_mask]`.
+
+        Args:
+            cfg: of the method's `Config`.
+        """
+        return ()
+
     def walk(self) -> Walk:
         """How the core walks the logits of a method whose options are `CoreOptions` or more."""
         return Walk(self.cfg.keep_mib * 2**20, precision=self.precision)

@@ -139,6 +139,24 @@ class TextConfig(_Section):
 
 
 @dataclass(frozen=True)
+class RegionsConfig(_Section):
+    """Objects of an image, through the last blocks of a ViT (`models.regions`); for training only.
+
+    `width` is the length of a region's features, `count` the number of regions that an image is
+    padded or cut to, `blocks` how many of the trunk's last blocks they pass. Defaults: PyramidCLIP.
+    """
+
+    width: int = 2052
+    count: int = 10
+    blocks: int = 3
+
+    where = "model.regions"
+
+    def __post_init__(self) -> None:
+        self._require_positive("width", "count", "blocks")
+
+
+@dataclass(frozen=True)
 class AugmentationConfig(_Section):
     """The part that is told what was done to an image (`models.augmentation`).
 
@@ -181,6 +199,7 @@ class ModelConfig(_Section):
     kind: str = "two_tower"
     similarity: str = "cosine"
     token_dim: int | None = None
+    regions: RegionsConfig | None = None
     augmentation: AugmentationConfig | None = None
     two_projections: bool = False
 
@@ -191,6 +210,12 @@ class ModelConfig(_Section):
             value = getattr(self, name)
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
+        if self.regions is not None and not isinstance(self.regions, RegionsConfig):
+            object.__setattr__(self, "regions", RegionsConfig.from_dict(self.regions))
+        _require(
+            self.regions is None or self.kind == "two_tower",
+            f"{self.where}.regions needs {self.where}.kind=two_tower, got {self.kind!r}",
+        )
         if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
             section = AugmentationConfig.from_dict(self.augmentation)
             object.__setattr__(self, "augmentation", section)

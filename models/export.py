@@ -47,7 +47,8 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     """Write the model of a run or checkpoint folder into the new folder `output`.
 
     Returns:
-        The line of Python that loads it.
+        The line of Python that loads it, and what is left out, which is said: `model.regions`,
+        which only training uses, is in our own formats alone.
 
     Raises:
         ConfigError: `output` holds files already, or the format cannot express the model; the
@@ -63,7 +64,7 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     _refuse_inexpressible(run.model.cfg, format_name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return write(run, folder)
+        return write(run, folder) + _left_out(run.model.cfg, format_name)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -85,6 +86,13 @@ def _refuse_inexpressible(cfg: ModelConfig, format_name: str) -> None:
                 f"{usual or 'null'}; use --format safetensors or pt, which `models.weights.load` "
                 "reads"
             )
+
+
+def _left_out(cfg: ModelConfig, format_name: str) -> str:
+    """A line on what the formats of other libraries have no place for and evaluation no use."""
+    if cfg.regions is None or format_name in ("pt", "safetensors"):
+        return ""
+    return "\nleft out: model.regions, which only training uses"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

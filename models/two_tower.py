@@ -12,6 +12,7 @@ from models.augmentation import AugmentationHead
 from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower, lift_zero_dim
+from models.regions import RegionPath
 from models.text_hf import HuggingFaceTower
 from models.text_transformer import INIT_STD, TransformerTower
 
@@ -55,6 +56,7 @@ class TwoTower(Model):
         self.text_projection = nn.Linear(self.text_width, cfg.embed_dim, bias=False)
         nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
         nn.init.trunc_normal_(self.text_projection.weight, std=INIT_STD)
+        self.regions = RegionPath(cfg, self.image.trunk) if cfg.regions else None
         self.augmentation = None
         if cfg.augmentation is not None:
             self.augmentation = AugmentationHead(cfg.augmentation, self.image_width)
@@ -93,6 +95,22 @@ class TwoTower(Model):
             places = tokens[:, self.image.prefix_tokens :]
             out["token_features"] = _units(self.image_token_projection, places)
         return out
+
+    def encode_regions(self, objects: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Encode objects of images, where the configuration has `model.regions`.
+
+        Args:
+            objects: (b, R, W) features of regions. mask: (b, R) bool, True where there is one.
+
+        Returns:
+            feature: (b, D) float32 of unit length; pooled: (b, image_width) before the projection
+            of images.
+        """
+        pooled = self.regions(self.image.trunk, objects, mask)
+        return {
+            "feature": F.normalize(self.image_projection(pooled).float(), dim=-1),
+            "pooled": pooled,
+        }
 
     def encode_text(self, input_ids: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_text`."""

@@ -27,6 +27,7 @@ MAY_USE = {
     "eval": {"eval", "models", "loaders", "engine.dist", "engine.launch"},
     "data_prep": {
         "data_prep",
+        "loaders.arrays",
         "loaders.errors",
         "loaders.manifest",
         "loaders.plain_text",

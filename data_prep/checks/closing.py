@@ -8,6 +8,7 @@ from data_prep.checks.verify_shard import LABEL_FAULT
 from data_prep.sets import set_folder
 from loaders.errors import DataError
 from loaders.manifest import ShardInfo, write_manifest
+from loaders.tarreader import ARRAYS
 
 BAD_SAMPLES = "bad_samples.tsv"
 
@@ -65,6 +66,17 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(name(a) if a == b else f"{name(a)}-{name(b)}" for a, b in spans)
 
 
+def _require_one_width(out: Path, results: dict) -> None:
+    """Raise `DataError` where the arrays of one kind do not all have equally long rows."""
+    for name in ARRAYS:
+        found = {width for result in results.values() for width in result["widths"].get(name, ())}
+        if len(found) > 1:
+            raise DataError(
+                f"{out}: arrays {name}.npy with rows of {', '.join(map(str, sorted(found)))} "
+                "numbers; training takes one width, so write them again alike"
+            )
+
+
 def close(
     out: Path, preparation: set_folder.Preparation, results: dict, missing: list[int]
 ) -> None:
@@ -84,6 +96,7 @@ def close(
             f"{', '.join(labels[:5])}; all are in {out / BAD_SAMPLES}. Training refuses such a "
             f"set: restore {set_folder.CLASSES}, or make it again (python {preparation.tool} …)"
         )
+    _require_one_width(out, results)
     extra = {
         "tool": preparation.tool,
         "identity": preparation.identity,

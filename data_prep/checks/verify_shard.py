@@ -6,7 +6,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,12 +16,16 @@ from PIL import Image
 
 from data_prep.sets import set_folder
 from data_prep.sets.shard_writer import permutation
+from loaders.arrays import BadArray, parse
 from loaders.errors import DataError
 from loaders.tarreader import (
+    ARRAYS,
     IMAGE_EXTENSIONS,
     INDEX_FOLDER,
     NO_LABEL,
+    TOO_LARGE,
     build_index,
+    indexed_parts,
     iterate_members,
     open_index,
 )
@@ -32,9 +36,8 @@ RESULTS = "verify"
 MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LABEL_FAULT = "label: "
-_VERSION = 2
+_VERSION = 3
 _CHUNK = 1 << 20
-_PARTS = ("image", "text", "json")
 
 
 class Unreadable(Exception):
@@ -91,7 +94,8 @@ def check_shard(task: Task, read: Callable[[int], None] = lambda size: None) -> 
     """Check one tar; keep the result in D/verify/ if the tar is readable. `read` hears of bytes.
 
     Returns the state of the tar with `samples`, `sha256`, `decoded` (number of whole images),
-    `seconds` (processor time), `bad` (list of key and reason), and `fault`: why it cannot be used,
+    `seconds` (processor time), `widths` (of each kind of array, all that there are), `bad` (list of
+    key and reason), and `fault`: why it cannot be used,
     or None. Raises `DataError` when that cannot be said: the disk fails, or the tar changes.
     """
     start = time.process_time()
@@ -117,7 +121,7 @@ def check_shard(task: Task, read: Callable[[int], None] = lambda size: None) -> 
 
 def _check_empty(task: Task) -> dict:
     """A shard of which every download failed: a tar, if there is one, must not hold an image."""
-    nothing = {"samples": 0, "sha256": None, "decoded": 0, "bad": []}
+    nothing = {"samples": 0, "sha256": None, "decoded": 0, "widths": {}, "bad": []}
     if not task.tar.exists():
         return nothing
     endings = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -135,22 +139,25 @@ def _check_samples(task: Task, size: int, read: Callable[[int], None]) -> dict:
     count = len(index) if task.decode is None else min(task.decode, len(index))
     chosen = np.zeros(len(index), dtype=bool)
     chosen[permutation(len(index), seed=task.shard)[:count]] = True
-    bad, decoded = [], 0
+    bad, decoded, widths = [], 0, {}
     with open(task.tar, "rb", buffering=_CHUNK) as file:
-        tape = _Tape(task.tar, file, read)
+        tape, parts = _Tape(task.tar, file, read), indexed_parts(index)
         for row, decode in zip(index, chosen, strict=True):
-            members = _members(tape, row)
+            members = _members(tape, row, parts)
             image_faults = list(_image_faults(members.get("image"), decode))
             decoded += bool(decode and not image_faults)
             faults = [
                 *_label_faults(task, int(row["label"])),
                 *image_faults,
                 *_text_faults(members, task.kind == "image_text"),
+                *_array_faults(row, members, widths),
             ]
             if faults:
                 bad.append([os.fsdecode(bytes(row["key"])), "; ".join(faults)])
         tape.skip_to(size)
-    return {"samples": len(index), "sha256": tape.hexdigest(), "decoded": decoded, "bad": bad}
+    widths = {name: sorted(found) for name, found in widths.items()}
+    facts = {"samples": len(index), "sha256": tape.hexdigest(), "decoded": decoded}
+    return {**facts, "widths": widths, "bad": bad}
 
 
 def _index(task: Task) -> np.ndarray:
@@ -211,9 +218,9 @@ class _Tape:
             self.read_to(min(end, self._position + _CHUNK))
 
 
-def _members(tape: _Tape, row: np.void) -> dict[str, memoryview]:
-    """Image, text and json of a sample, as far as it has them."""
-    spans = {part: (int(row[f"{part}_offset"]), int(row[f"{part}_size"])) for part in _PARTS}
+def _members(tape: _Tape, row: np.void, parts: Sequence[str]) -> dict[str, memoryview]:
+    """Image, text, json and arrays of a sample, as far as it has them."""
+    spans = {part: (int(row[f"{part}_offset"]), int(row[f"{part}_size"])) for part in parts}
     spans = {part: span for part, span in spans.items() if span[0] >= 0}
     if not spans:
         return {}
@@ -276,3 +283,18 @@ def _text_faults(members: dict[str, memoryview], needs_caption: bool) -> Iterato
         else:
             if not isinstance(content, dict):
                 yield f"json: {type(content).__name__} instead of an object"
+
+
+def _array_faults(
+    row: np.void, members: dict[str, memoryview], widths: dict[str, set[int]]
+) -> Iterator[str]:
+    """Arrays that training could not read; adds the width of the others to `widths`."""
+    for name in ARRAYS:
+        if f"{name}_offset" in row.dtype.names and row[f"{name}_offset"] == TOO_LARGE:
+            yield f"{name}: more than {ARRAYS[name]} bytes"
+        if name not in members:
+            continue
+        try:
+            widths.setdefault(name, set()).add(parse(bytes(members[name])).shape[1])
+        except BadArray as error:
+            yield f"{name}: {error}"

@@ -15,6 +15,7 @@ _WORDS = {  # keys of `Preparation.identity` that hold a hash
     "keys_sha256": "another list of keys",
     "labels_sha256": "other labels",
     "list_sha256": "other rows in the list",
+    "objects_sha256": "other arrays of objects (their names, sizes or times)",
     "table_sha256": "another table",
     "tars_sha256": "other tars, or in another order",
 }

@@ -7,6 +7,7 @@ import pytest
 
 from loaders.errors import DataError
 from tests.loaders.conftest import sample, write_tar
+from tests.loaders.test_arrays import npy, table
 
 CONFIG = str(Path(__file__).parent / "tiny.yaml")
 
@@ -146,6 +147,40 @@ def test_a_text_that_no_sample_has_is_refused_before_anything_is_built(tmp_path)
     words = r"data\.caption\.text\.from: json\.made: none of the 9 samples tried of pairs has it"
     with pytest.raises(DataError, match=words + ".*join a table with data_prep.annotate, or name"):
         build.describe_parts(plan)
+
+
+PYRAMID = [
+    "loss={name: pyramidclip}", "data.image_label=null", "data.augmentation=clip",
+    "data.caption={summary: {from: txt}, caption: {from: txt}, tags: {from: txt}}",
+    "model.image.kwargs=null",
+    "model.image={name: vit_tiny_patch16_224, kwargs: {depth: 2, embed_dim: 16, num_heads: 2}}",
+    "model.regions={width: 3, count: 2, blocks: 1}",
+]  # fmt: skip
+
+
+def test_objects_are_asked_for_read_as_the_model_says_and_missed_before_anything_is_built(tmp_path):
+    from engine import build
+    from loaders.batch import make_loader
+
+    def texts(i, rows=3):
+        return {"txt": b"a cat", "objects.npy": npy(table(rows))}
+
+    plan = make_plan(tmp_path / "a", texts, *PYRAMID)
+    (batch, *_) = make_loader(build.dataset(plan), plan.order, 0, 1, 8, 0, 1, workers=0)
+    assert batch["objects"].shape == (8, 2, 3)
+    assert batch["objects_mask"].all()
+    assert "parameters: image tower" in build.describe_parts(plan)
+    without = make_plan(tmp_path / "b", lambda i: {"txt": b"a cat"}, *PYRAMID)
+    for part in (build.describe_parts, build.dataset):
+        with pytest.raises(DataError, match=r"no_objects as all of them; .*--arrays objects="):
+            part(without)
+    four = [setting for setting in PYRAMID if "regions" not in setting]
+    four = make_plan(tmp_path / "b", lambda i: {"txt": b"a cat"}, *four, "loss.objects=false")
+    (batch, *_) = make_loader(build.dataset(four), four.order, 0, 1, 8, 0, 1, workers=0)
+    assert "objects" not in batch
+    wide = make_plan(tmp_path / "a", texts, *PYRAMID, "model.regions.width=4")
+    with pytest.raises(DataError, match="array_width as all of them"):
+        build.dataset(wide)
 
 
 def test_each_batch_of_one_source(tmp_path):

@@ -36,6 +36,11 @@ def test_base_override_and_interpolation():
         ("loss.keep=3", "keep_mib"),
         ("loss.name=unicle", "there are: .*unicl"),
         ("loss.name=declip", r"model\.text\.vocab_size=49409 .* not 49408, transformer, clip"),
+        ("loss.name=pyramidclip", r"objects of images, for which the model needs model\.regions="),
+        (
+            "model.regions={width: 4}",
+            r"model\.regions is of no use: loss\.name=unicl does not read",
+        ),
         ("loss.name=zerovl", r"model\.text\.vocab_size=49408: word pieces are masked"),
         (
             "loss.name=filip",

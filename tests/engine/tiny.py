@@ -48,9 +48,12 @@ def make_batch(step, size, images=2, texts=1):
     pixels = torch.randn(size, images, 3, 32, 32, generator=generator)
     seeds = torch.randint(0, 2**62, (size + 1,), generator=generator)
     parameters = torch.rand(size, images, 13, generator=generator)
+    objects = torch.randn(size, 3, 6, generator=generator)
+    found = torch.randint(0, 4, (size, 1), generator=generator)  # none to three in an image
     return {
         "image": pixels, "augmentation": parameters, "text": text, "label": labels,
         "seed": seeds[1:], "step_seed": seeds[:1].repeat(size),
+        "objects": objects, "objects_mask": torch.arange(3) < found,
     }  # fmt: skip
 
 

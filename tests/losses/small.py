@@ -26,6 +26,11 @@ MODELS = {
                   "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2}},
     },
     "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
+    "pyramidclip": {
+        "image": {"name": "vit_tiny_patch16_224", "size": 32,
+                  "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}},
+        "regions": {"width": 6, "count": 3, "blocks": 1},
+    },
 }  # fmt: skip
 
 

@@ -279,6 +279,24 @@ def test_what_a_format_cannot_express_is_named_and_leaves_nothing(tmp_path):
 
 
 @torch.no_grad()
+def test_the_path_of_objects_stays_in_our_formats_and_is_left_out_of_others_by_name(tmp_path):
+    regions = {"width": 6, "count": 3, "blocks": 1}
+    model = run_folder.write(tmp_path / "run", "vit", regions=regions)
+    images, values = noise(SIZES["vit"]), (torch.randn(2, 3, 6), torch.ones(2, 3) > 0)
+    expected = model.encode_image(images)["feature"]
+    words = "left out: model.regions, which only training uses"
+    for name in ("safetensors", "open_clip"):
+        own = name == "safetensors"
+        assert (words in export(tmp_path / "run", name, tmp_path / name)) != own
+        back = weights.load(tmp_path / name).model
+        assert torch.equal(back.encode_image(images)["feature"], expected)
+        assert back.cfg.regions == (model.cfg.regions if own else None)
+        if own:
+            found, wanted = (one.encode_regions(*values)["feature"] for one in (back, model))
+            assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
 def test_a_model_that_is_told_what_was_done_to_images(tmp_path):
     """Ours keep it whole, timm's is the tower alone, and the others have no such part."""
     sizes = {"width": 5, "hidden": 11}
