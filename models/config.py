@@ -266,7 +266,7 @@ class ModelConfig(_Section):
         """What is asked of words that go through the blocks of the image trunk."""
         joint = (self.kind, self.text.name) == ("one_tower", "transformer")
         _require(
-            not joint or self.augmentation is None,
+            self.kind != "one_tower" or self.augmentation is None,
             f"{self.where}.augmentation is read by two towers; leave it out of one_tower",
         )
         _require(

@@ -86,7 +86,12 @@ def test_text_head_starts_as_the_zero_shot_classifier(emoji):
     assert digest == expected.digest
 
 
-@pytest.mark.parametrize("settings", [{}, ONE_TOWER], ids=["two_tower", "one_tower"])
+TOLD = {"augmentation": {"width": 4, "hidden": 8}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, ONE_TOWER, TOLD], ids=["two_tower", "one_tower", "told of augmentation"]
+)
 def test_training_leaves_the_run_as_it_was(settings, tmp_path):
     run = weights.load(write_run(tmp_path / "run", seed=0, **settings))
     model = finetune.Classifier(run.model, torch.zeros(28, run.model.embed_dim))
