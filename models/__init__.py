@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
 
 # `model.kind` -> where its class is; loaded when it is built.
-KINDS = {"two_tower": ("models.two_tower", "TwoTower")}
+KINDS = {
+    "two_tower": ("models.two_tower", "TwoTower"),
+    "reference": ("models.reference", "ReferenceModel"),
+}
 
 
 def build(cfg: ModelConfig | Mapping[str, Any]) -> Model:

@@ -16,7 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
-KINDS = ("two_tower",)
+KINDS = ("two_tower", "reference")
 SIMILARITIES = ("cosine",)
 TEXT_TOWERS = ("transformer", "hf")
 HF_POOLINGS = ("first", "mean")
@@ -130,11 +130,43 @@ class TextConfig(_Section):
 
 
 @dataclass(frozen=True)
+class ReferenceConfig(_Section):
+    """What a model of the kind `reference` looks up, and how (`models.reference`).
+
+    `folder` is a reference folder, made by `eval.reference`; `neighbours` of its pairs are looked
+    up for each image, and `heads` is the number of heads of the attention over them. `checksum` is
+    the folder's: a run writes the one that it is trained with into its own configuration, and
+    another folder is refused from then on. None takes the folder as it is.
+    """
+
+    folder: str
+    neighbours: int = 64
+    heads: int = 8
+    checksum: str | None = None
+
+    where = "model.reference"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `_Section.from_dict`, and ConfigError without a folder."""
+        if isinstance(values, Mapping):
+            _require(
+                isinstance(values.get("folder"), str),
+                f"{cls.where}.folder: give a reference folder, made by python -m eval.reference",
+            )
+        return super().from_dict(values)
+
+    def __post_init__(self) -> None:
+        self._require_positive("neighbours", "heads")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
-    compared: by the cosine of their features, wherever a model is used.
+    compared: by the cosine of their features, wherever a model is used. `reference` belongs to the
+    kind of that name, and no other.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -149,6 +181,7 @@ class ModelConfig(_Section):
     logit_scale_max: float | None = None
     kind: str = "two_tower"
     similarity: str = "cosine"
+    reference: ReferenceConfig | None = None
 
     where = "model"
 
@@ -157,10 +190,17 @@ class ModelConfig(_Section):
             value = getattr(self, name)
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
+        if self.reference is not None and not isinstance(self.reference, ReferenceConfig):
+            object.__setattr__(self, "reference", ReferenceConfig.from_dict(self.reference))
         self._require_positive("embed_dim")
         for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
             _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
+        _require(
+            (self.kind == "reference") == (self.reference is not None),
+            f"{self.where}.kind={self.kind}: model.reference is needed by kind: reference, and "
+            "belongs to no other",
+        )
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(

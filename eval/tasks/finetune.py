@@ -144,6 +144,11 @@ def evaluate(
     The head has one output for each class of `common_classes.meet`: all that were trained.
     """
     accelerator = extractor.accelerator
+    if extractor.run.reference:
+        raise ConfigError(
+            f"{extractor.run.name}: fine-tuning trains an image tower alone, and this model (kind "
+            "reference) is more; use linear_probe or knn"
+        )
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     names, truth, test = classes.names, classes.targets["test"], splits["test"]
     head, digest = initial_head(extractor, test, names, args.head_init)
