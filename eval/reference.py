@@ -14,6 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: Python put eval/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from eval import cli
 from loaders.errors import CommandParser, ConfigError, run_cli
 from loaders.manifest import open_shards
 from loaders.specs import as_path
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output.exists():
         raise ConfigError(f"--output {args.output} exists; name a new folder, or remove it")
+    cli.require([args.text_encoder])
     shards = open_shards(args.data, kind="image_text")
     # Late: torch and the towers take ten seconds, and the answers above should not.
     from eval.tasks import reference

@@ -55,9 +55,12 @@ class RetrievalAugmentation(nn.Module):
         self.keys = nn.Linear(image_width, width, bias=False)
         self.image = GatedAttention(width, image_width, heads)
         self.text = GatedAttention(width, text_width, heads)
-        for part in self.modules():
-            if isinstance(part, nn.Linear):  # as torch's MultiheadAttention
-                nn.init.xavier_uniform_(part.weight)
+        # Of features of unit length these make entries as large as those of the tower's own.
+        for part in (self.keys, self.image.value, self.text.value):
+            nn.init.normal_(part.weight)
+        for part in (self.image, self.text):
+            nn.init.xavier_uniform_(part.query.weight)
+            nn.init.xavier_uniform_(part.out.weight)
 
     def forward(self, features: Tensor, image: Tensor, text: Tensor) -> Tensor:
         """features (b, W); u (b, K, d_u) and w (b, K, d_w) of the neighbours -> (b, W)."""

@@ -122,7 +122,10 @@ def image_encoder(source: str) -> tuple[TimmTower, ImageConfig, str]:
         cfg = run.model.cfg.without_pretrained().image
         return _rebuilt(run.model.image, cfg, source), cfg, run.name
     name, _ = PRESETS.get(source, (source, {}))
-    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    try:
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:  # a known architecture, but no such weights
+        known = None
     if known is None or not known.has_weights:
         raise ConfigError(
             f"--encoder {source}: neither a run, checkpoint or export that is there, nor a timm "
@@ -168,6 +171,9 @@ def text_encoder(source: Path) -> TextEncoder:
     if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
         cfg = TextConfig("hf", hf_name=str(source), tokenizer=str(source), pooling="mean")
         tower, name = HuggingFaceTower(cfg), source.resolve().name
+        positions = getattr(tower.encoder.config, "max_position_embeddings", cfg.context_length)
+        length = min(cfg.context_length, positions)
+        cfg = dataclasses.replace(cfg, context_length=length)
     else:
         run = weights.load(source)
         cfg, tower, name = run.model.cfg.text, getattr(run.model, "text", None), run.name
