@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from loaders.errors import ConfigError
+from engine import config_paths
+from loaders.errors import ConfigError, DataError
 from loaders.manifest import ShardInfo, ShardSet
 from models import reference_folder
 from models.config import ReferenceConfig
@@ -28,7 +29,10 @@ def settle(cfg: DictConfig, sources: Sequence[ShardSet]) -> list[str]:
     if section is None:
         return []
     reference = ReferenceConfig.from_dict(OmegaConf.to_container(section, resolve=True))
-    folder = reference_folder.find(reference)
+    try:
+        folder = reference_folder.find(reference)
+    except DataError as error:
+        raise DataError(f"{error}{config_paths.advice(reference.folder)}") from None
     _refuse_shared(folder, sources)
     for key, value in (("folder", str(folder.path)), ("checksum", folder.checksum)):
         OmegaConf.update(cfg, f"model.reference.{key}", value, force_add=True)

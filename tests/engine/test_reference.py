@@ -88,8 +88,10 @@ def test_what_is_trained_on_is_no_reference(tmp_path, named):
 
 
 def test_a_folder_that_is_nowhere_is_refused_before_anything_is_built(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: no reference folder.*eval\.reference"):
+    with pytest.raises(DataError, match=r"nowhere: no reference folder.*eval\.reference .*DIR$"):
         plan(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"nowhere: .*a relative path is looked for in"):
+        plan("nowhere")
 
 
 def lives(rank, world_size, name, folder, reference, parts):
