@@ -106,7 +106,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(world, tmp_path):
     facts = json.loads((tmp_path / "folder/reference.json").read_text())
     assert (facts["samples"], sum(facts["left_out"].values())) == (2, 3)
     shutil.rmtree(tmp_path / "folder")
-    write_set(tmp_path / "bad", "image_text", samples[:1] * 2)
+    write_set(tmp_path / "bad", "image_text", samples[:1] * 3)
     with pytest.raises(DataError, match="no pair can be used"):
         reference.main(arguments(tmp_path / "bad", run, run, tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
