@@ -79,7 +79,7 @@ $(TITLES)/manifest.json: $(STAMP)
 # the CLIP run see it.
 REFERENCE := data/quickstart_reference
 
-$(REFERENCE)/reference.json: $(STAMP)
+$(REFERENCE)/reference.json: | $(STAMP)
 	$(BIN)/torchrun --standalone --nproc_per_node $(RANKS) train.py --config configs/quickstart_clip.yaml
 	$(BIN)/python -m eval.reference --data $(OPENCLIPART)/shards/00000.tar \
 	  --encoder $(RUN)/clip --text-encoder $(RUN)/clip --output $(REFERENCE)
