@@ -90,16 +90,20 @@ class Retrieval:
 
 
 def nearest(queries: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Rows with the largest inner products, exactly, in float32.
+    """Rows with the largest inner products; all are looked at.
+
+    Queries are rounded to float16, as the rows of a folder are. Products of such numbers are exact
+    in float32, and in TF32, which a GPU may take for it; they are summed in float32.
 
     Args:
-        queries: (b, d) float32. rows: (R, d) of any float type, on the queries' device or the CPU;
-            they are taken in parts of `SCORES` / b. count: K <= R.
+        queries: (b, d) float. rows: (R, d) float16, on the queries' device or the CPU; they are
+            taken in parts of `SCORES` / b. count: K <= R.
 
     Returns:
         Indices (b, K) int64 on the queries' device, the best first, of equals the smaller first.
     """
     size = max(1, SCORES // len(queries))
+    queries = queries.half().float()
     best = queries.new_empty((len(queries), 0), dtype=torch.int64)
     with torch.autocast(queries.device.type, enabled=False):
         for start in range(0, len(rows), size):
