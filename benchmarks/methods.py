@@ -34,7 +34,9 @@ SQUARE_BATCH, SQUARE_DIMENSION = 4096, 32
 SMALL = {"hidden": 64, "projection": 32, "queue": 512, "keep_mib": 0}
 CLASSES, TOKENS, PIXELS = 100, 16, 64
 ENCODE = 64  # samples that features are made of
-OVERHEAD = {"declip": 1.15, "otter": 1.15}
+OVERHEAD = {"declip": 1.15, "otter": 1.15, "uniclip": 1.15}
+# What a method's model needs beyond the small towers.
+MODELS = {"uniclip": {"augmentation": {"width": 32, "hidden": 128}}}
 
 
 def build(name: str, dimension: int, **options: Any) -> TrainModule:
@@ -50,7 +52,7 @@ def build(name: str, dimension: int, **options: Any) -> TrainModule:
             # One token more than CLIP's, for methods that mask tokens.
             "text": {"width": 128, "layers": 2, "heads": 4, "context_length": TOKENS,
                      "vocab_size": 49409},
-            "embed_dim": dimension,
+            "embed_dim": dimension, **MODELS.get(name, {}),
         }
     )  # fmt: skip
     known = {field.name for field in dataclasses.fields(losses.find(name).Config)}
@@ -73,6 +75,7 @@ def make_batch(method: type, size: int) -> dict[str, Tensor]:
         label[::2] = -1
     return {
         "image": torch.randn(size, len(method.images), 3, PIXELS, PIXELS),
+        "augmentation": torch.rand(size, len(method.images), 13),
         "text": text, "label": label,
         "seed": torch.arange(size), "step_seed": torch.zeros(size, dtype=torch.int64),
     }  # fmt: skip

@@ -186,7 +186,7 @@ def dataset(plan: Plan) -> TripletDataset:
         texts=TextOptions(
             texts.load_templates(cfg.data.templates), source, len(plan.method.texts), captions
         ),
-        tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length),
+        tokenizer=tokenizers.build(model.text.tokenizer, model.text.context_length, image.size),
         seed=cfg.seed,
         caption_labels=cfg.data.caption_labels,
         decode=views.decoder(),
@@ -221,12 +221,7 @@ def describe_parts(plan: Plan) -> str:
     dataset(plan)
     model = models.build(model_config(plan.cfg))
     method = build_method(plan, model)
-    counts = {
-        "image tower": model.image,
-        "text tower": model.text,
-        "model": model,
-        "method": method,
-    }
+    counts = {**model.towers(), "model": model, "method": method}
     sizes = [
         f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
         for name, part in counts.items()

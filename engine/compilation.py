@@ -1,4 +1,4 @@
-"""`train.compile`: both towers go through torch.compile, which is tried at the start.
+"""`train.compile`: the towers go through torch.compile, which is tried at the start.
 
 The towers are compiled in place, so names of parameters do not change, and loss, gathers and
 DeepSpeed stay outside. Two things keep the step what it is: random numbers are drawn as without
@@ -14,14 +14,14 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from torch import nn
 
 from engine.dist import first_line
 from loaders.errors import ConfigError
+from models.base import Model
 
 
-def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> None:
-    """Compile both towers of a `models.base.Model`, in place, at their first call.
+def compile_towers(model: Model, zero_stage: int, device: torch.device) -> None:
+    """Compile the towers of a model, in place, at their first call.
 
     Args:
         zero_stage: the one of DeepSpeed's configuration. device: what the towers will run on.
@@ -36,9 +36,8 @@ def compile_towers(model: nn.Module, zero_stage: int, device: torch.device) -> N
     torch._inductor.config.fallback_random = True
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder())
     _try_compiler(device)
-    model.image.compile(dynamic=False)
-    # Not the whole text tower, which outside of training reads the longest length from the device.
-    model.text.encoder.compile(dynamic=True)
+    for part, varies in model.graphs():
+        part.compile(dynamic=varies)
 
 
 def cache_folder() -> Path:
@@ -59,7 +58,7 @@ def cache_folder() -> Path:
 def announcement() -> str:
     """What the log says before a run that compiles."""
     return (
-        "compiling both towers in the first step: the first time this takes minutes; kept in "
+        "compiling the towers in the first step: the first time this takes minutes; kept in "
         f"{cache_folder()} for the next start"
     )
 

@@ -57,7 +57,7 @@ class TrainConfig:
     steps: int | None = None
     epoch_samples: int | None = None  # samples of an epoch; null: all samples of all sources
     grad_checkpointing: bool = False
-    compile: bool = False  # torch.compile of both towers; not with ZeRO-3
+    compile: bool = False  # torch.compile of the towers; not with ZeRO-3
     # With accumulation, memory of a rank (GB) for micro-batches that are not encoded twice; one
     # never is. Not with ZeRO-3.
     graph_memory_gb: float = 0.0

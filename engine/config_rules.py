@@ -112,7 +112,8 @@ def check(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) not in words:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}; one of {', '.join(words)}")
     mixes = vars(method).get("mixes", False)  # a method's own, see losses/_method.py
-    choices.check_augmentation(values["data"]["augmentation"], method.images, mixes)
+    augmentation = values["data"]["augmentation"]
+    choices.check_augmentation(augmentation, method.images, mixes, method.needs_parameters)
     caption = values["data"]["caption"]
     caption_recipes.read(caption, method.texts)
     if method.texts_differ and not isinstance(caption, dict):

@@ -198,7 +198,8 @@ def initialise(
             model=module, optimizer=optimizer, config=ds, dist_init_required=False
         )
     if precision(ds) != torch.float32:
-        _cast_buffers(module.model.image, precision(ds), device)
+        reads_images, *_ = module.model.towers().values()
+        _cast_buffers(reads_images, precision(ds), device)
     return engine
 
 

@@ -50,7 +50,7 @@ class TripletDataset(Dataset):
         label_space: global class ids, built from the same sources.
         views: V image views (`loaders.views.View`) of one size.
         texts: prompts, caption sources, and the number T of text views.
-        tokenizer: list of n strings -> (n, L) int64.
+        tokenizer: list of n strings -> (n, L) int64, or pictures (n, 1, H, W) uint8.
         seed: of the run.
         caption_labels: `unique`: a caption has the label -1; `by_text`: equal captions share a
             label <= -2 (Florence, arXiv 2111.11432, section 2.2); of several captions, the one
@@ -120,7 +120,7 @@ class TripletDataset(Dataset):
         return self.__getitems__([address])[0]
 
     def __getitems__(self, addresses: Sequence[tuple[int, int, int]]) -> list[dict]:
-        """Samples of several positions: image (V, 3, H, W) uint8, text (T, L), and numbers;
+        """Samples of several positions: image (V, 3, H, W) uint8, text (T, …), and numbers;
         augmentation (V, P) float32 where the views report it.
 
         Called by torch's loader; the texts of all are tokenized in one call, and the trainer's

@@ -15,8 +15,9 @@ AUGMENTATIONS = (  # loaders.views.build_train
     *("unicl_release", "paper", "clip", "clipart", "none"),
     # loaders.recipes.RECIPES
     *("slip_weak", "slip_strong", "simclr", "moco_v3_first", "moco_v3_second", "declip", "uniclip"),
-    *("align", "alip", "otter", "autoaugment", "clipart_strong"),
+    *("align", "alip", "otter", "autoaugment", "clipart_strong", "clipart_uniclip"),
 )
+REPORTING = ("uniclip", "clipart_uniclip")  # of these, those that report what they did
 # The images of `unicl_release`, blended in pairs with their targets (losses/_mixing.py).
 MIXED = "mixup_cutmix"
 TEXT_AUGMENTATIONS = ("eda",)  # loaders.captions
@@ -47,10 +48,13 @@ def by_view(key: str, value: Any, views: Sequence[str]) -> list[Any]:
     return [value[name] for name in views]
 
 
-def check_augmentation(value: Any, views: Sequence[str], mixes: bool) -> None:
+def check_augmentation(
+    value: Any, views: Sequence[str], mixes: bool, needs_parameters: bool = False
+) -> None:
     """Raise `ConfigError` unless `data.augmentation` has a known recipe for each image view.
 
-    `mixes`: whether the method can blend its targets, as `MIXED` asks for.
+    `mixes`: whether the method can blend its targets, as `MIXED` asks for. `needs_parameters`:
+    whether the model is told what each view did.
     """
     if value == MIXED:
         if not mixes:
@@ -61,6 +65,11 @@ def check_augmentation(value: Any, views: Sequence[str], mixes: bool) -> None:
             )
         return
     for name, recipe in zip(views, by_view("data.augmentation", value, views), strict=True):
+        key = f"data.augmentation.{name}" if isinstance(value, dict) else "data.augmentation"
         if recipe not in AUGMENTATIONS:
-            key = f"data.augmentation.{name}" if isinstance(value, dict) else "data.augmentation"
             raise ConfigError(f"{key}={recipe!r}; one of {', '.join(AUGMENTATIONS)}, {MIXED}")
+        if needs_parameters and recipe not in REPORTING:
+            raise ConfigError(
+                f"{key}={recipe}: this method tells the model what was done to each view, and "
+                f"this recipe does not report it; use one that does: {', '.join(REPORTING)}"
+            )

@@ -38,7 +38,8 @@ class Recipe:
             ColorJitter, applied with probability `jittered`.
         grey, blur, solarize: probabilities. sigma: of the blur, in pixels, drawn uniformly.
         policy: AutoAugment's ImageNet policy after all of these.
-        reported: the view returns its parameters, as IDENTITY_PARAMETERS describes them.
+        reported: the view returns its parameters, as IDENTITY_PARAMETERS describes them. So that
+            they say everything, the four colour steps then keep that order, which is random else.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -57,6 +58,7 @@ class Recipe:
 
 
 _SLIP = {"flip": 0.5, "jitter": (0.4, 0.4, 0.4, 0.1), "grey": 0.2, "blur": 0.5}
+_CLIP_ART = {"scale": (0.3, 1.0), "flip": 0.5, "jitter": (0.4, 0.4, 0.4, 0.1), "grey": 0.2}
 _MOCO_V3 = {"flip": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "grey": 0.2}
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -89,7 +91,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "autoaugment": Recipe(scale=(0.6, 1.0), policy=True),
         # For small drawings on white, ours: a crop that leaves something of the drawing in it, and
         # no blur, since a drawing of 64 pixels has no detail that a blur could spare.
-        "clipart_strong": Recipe(scale=(0.3, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2),
+        "clipart_strong": Recipe(**_CLIP_ART),
+        "clipart_uniclip": Recipe(**_CLIP_ART, reported=True),
     }
 )
 
@@ -147,6 +150,8 @@ class RecipeView:
     def _jittered(self, view: Tensor) -> tuple[Tensor, list[float]]:
         """The view, and what was done: 1, brightness - 1, contrast - 1, saturation - 1, hue."""
         drawn = self._jitter.make_params([view])
+        if self._recipe.reported:
+            drawn["fn_idx"] = torch.arange(4)
         names = ("brightness_factor", "contrast_factor", "saturation_factor")
         # None stands for a strength of 0.
         factors = [0.0 if drawn[name] is None else drawn[name] - 1 for name in names]

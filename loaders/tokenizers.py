@@ -1,12 +1,15 @@
-"""Text to token ids: CLIP's byte-pair encoding from a shipped file, or a Hugging Face tokenizer."""
+"""Text to token ids: CLIP's byte-pair encoding from a shipped file, or a Hugging Face tokenizer.
+
+Or to a picture: `loaders.render`.
+"""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import html
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 from loaders.errors import ConfigError
+from loaders.render import Renderer
 
 BPE_FILE = Path(__file__).parent / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz"
 CLIP_VOCAB_SIZE = 49408
@@ -127,7 +131,9 @@ def _clip_vocabulary(lines: Sequence[str]) -> tuple[dict[str, int], list[tuple[s
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-def _build_clip(context_length: int) -> Tokenizer:
+@functools.cache  # a quarter of a second, and nothing in it depends on the caller
+def _clip_backend() -> tuple[CLIPTokenizer, bytes]:
+    """transformers' tokenizer of CLIP's vocabulary, and the bytes of the merge file."""
     packed = BPE_FILE.read_bytes()
     # The first line is a version comment; the file holds far more merges than CLIP's vocabulary
     # of 49,408 = 2 * 256 bytes + merges + 2 special tokens has room for.
@@ -141,15 +147,20 @@ def _build_clip(context_length: int) -> Tokenizer:
     # transformers would compose Unicode characters once more, after `clean_clip_text`; CLIP does
     # not, and "<b>e&#769;" (a text where ftfy leaves entities alone) would get other ids.
     backend.backend_tokenizer.normalizer = None
+    return backend, packed
+
+
+def _build_clip(context_length: int) -> Tokenizer:
+    backend, packed = _clip_backend()
     return Tokenizer(
         backend,
         context_length,
-        start_id=vocabulary[START_TOKEN],
-        end_id=vocabulary[END_TOKEN],
+        start_id=backend.convert_tokens_to_ids(START_TOKEN),
+        end_id=backend.convert_tokens_to_ids(END_TOKEN),
         pad_id=CLIP_PAD_ID,
         clean=clean_clip_text,
         identity=packed + CLEANING_VERSION.encode(),
-        rebuild=partial(build, "clip", context_length),
+        rebuild=functools.partial(build, "clip", context_length),
     )
 
 
@@ -179,21 +190,27 @@ def _build_hugging_face(name: str, context_length: int) -> Tokenizer:
         pad_id=_first_id(backend, name, "pad_token_id"),
         clean=None,
         identity=backend.backend_tokenizer.to_str().encode(),
-        rebuild=partial(build, name, context_length),
+        rebuild=functools.partial(build, name, context_length),
     )
 
 
-def build(name: str = "clip", context_length: int = 77) -> Tokenizer:
+def build(
+    name: str = "clip", context_length: int = 77, image_size: int = 224
+) -> Tokenizer | Renderer:
     """Build a tokenizer.
 
     Args:
         name: `clip` for CLIP's byte-pair encoding (offline; start 49406, end 49407, padding 0),
-            anything else is a Hugging Face name or folder.
-        context_length: columns of the result; longer texts are cut.
+            `rendered` for texts drawn as pictures, anything else is a Hugging Face name or folder.
+        context_length: columns of the result; longer texts are cut. Not of pictures.
+        image_size: side of the pictures in pixels.
 
     Raises:
-        ConfigError: the name cannot be read, or the tokenizer lacks a start, end or padding token.
+        ConfigError: the name cannot be read, the tokenizer lacks a start, end or padding token, or
+            the pictures are too small.
     """
+    if name == "rendered":
+        return Renderer(image_size)
     if context_length < 2:
         raise ConfigError(
             f"context_length must be at least 2 (start and end), got {context_length}"

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2.functional import get_size, to_pil_image
 
-from loaders.choices import AUGMENTATIONS, MIXED
+from loaders.choices import AUGMENTATIONS, MIXED, REPORTING
 from loaders.crops import Picture, RandomCrop, TimmCrop, to_pixels, to_tensor
 from loaders.decoders import FORMATS as FORMATS
 from loaders.decoders import MAX_PIXELS, BadImage
@@ -88,7 +88,8 @@ def check_parameters(views: Sequence[View]) -> None:
     if len({getattr(view, "parameters", 0) for view in views}) > 1:
         raise ConfigError(
             "data.augmentation: some image views report their parameters and others do not, so "
-            "there would be none to give to the model; use recipes of one kind (uniclip reports)"
+            "there would be none to give to the model; use recipes of one kind; those that report "
+            f"are {', '.join(REPORTING)}"
         )
 
 

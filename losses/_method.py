@@ -7,6 +7,7 @@ labels. What a method remembers between steps lives in buffers that are equal on
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,8 @@ class Method(nn.Module):
             1), so that a micro-batch must be of even size.
         needs_labels: True when a batch without image-label samples makes no sense.
         needs_pairs: True when a batch without image-text pairs makes no sense.
+        needs_parameters: True when `encode` reads `batch["augmentation"]`, so that every recipe of
+            `data.augmentation` must report what it did.
         teacher: True when the method learns from an average of its own weights (`targets`).
         smallest_batch: samples that a global batch needs at least.
 
@@ -61,6 +64,7 @@ class Method(nn.Module):
     blends_neighbours: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
+    needs_parameters: ClassVar[bool] = False
     teacher: ClassVar[bool] = False
     smallest_batch: ClassVar[int] = 1
     precision: torch.dtype = torch.float32
@@ -172,6 +176,16 @@ def text_features(model: nn.Module, batch: dict[str, Tensor] | Tensor, view: int
         return model.encode_text(batch["text"][:, view])["feature"]
     distinct = model.encode_text(batch["distinct_text"][view])["feature"]
     return distinct[batch["text_index"][:, view]]
+
+
+def multiplier(logarithm: Tensor, highest: float) -> Tensor:
+    """exp of a learnt logarithm of any shape, at least 1 and at most `highest`; float32 or wider.
+
+    The gradient passes the bounds, so that a value that overshoots comes back.
+    """
+    logarithm = logarithm.to(torch.promote_types(logarithm.dtype, torch.float32))
+    value = logarithm.detach()
+    return (logarithm + (value.clamp(0, math.log(highest)) - value)).exp()
 
 
 def scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ but the first it excludes other samples than the pairs themselves, and by -100 i
 its teacher runs in training mode.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from losses._block import WALK, Walk
 from losses._core import normalisers
 from losses._gather import Gather
-from losses._method import Features, text_features
+from losses._method import Features, multiplier, text_features
 from losses._method import Method as Base
 from losses._transport import Kernel, potentials, transported
 
@@ -171,13 +170,8 @@ class Method(Base):
         return min(self.cfg.momentum, (1 + number) / (10 + number))
 
     def loss(self, features: Features, labels: Tensor, gather: Gather) -> dict[str, Tensor]:
-        second = self._second_scale() if self.cfg.form == "released" else None
+        released = self.cfg.form == "released"
+        # The released program cuts the gradient at the bounds, where this one lets it pass.
+        second = multiplier(self.log_scale, SCALE_MAX) if released else None
         loss, sample_loss, entropy = otter_loss(features, self.cfg, gather, second, self.walk())
         return {"contrastive_loss": loss, "sample_loss": sample_loss, "target_entropy": entropy}
-
-    def _second_scale(self) -> Tensor:
-        """exp of the learnt logarithm within its bounds, (1,). The gradient passes them, so that a
-        value that overshoots comes back; the released program cuts it there."""
-        value = self.log_scale
-        bounded = value.detach().clamp(0, math.log(SCALE_MAX))
-        return (value + (bounded - value.detach())).exp()

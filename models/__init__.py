@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from models.base import Model
     from models.config import ModelConfig
 
-# `model.kind` -> where its class is; loaded when it is built.
+# (`model.kind`, `model.text.name`) -> where the class is, which is loaded when it is built. None:
+# any text that `models.config.KINDS` lists for the kind.
 KINDS = {
-    "two_tower": ("models.two_tower", "TwoTower"),
-    "reference": ("models.reference", "ReferenceModel"),
+    ("two_tower", None): ("models.two_tower", "TwoTower"),
+    ("one_tower", "pixels"): ("models.pixel_tower", "PixelTower"),
+    ("reference", None): ("models.reference", "ReferenceModel"),
 }
 
 
@@ -30,5 +32,5 @@ def build(cfg: ModelConfig | Mapping[str, Any]) -> Model:
     from models.config import ModelConfig
 
     cfg = cfg if isinstance(cfg, ModelConfig) else ModelConfig.from_dict(cfg)
-    module, name = KINDS[cfg.kind]
+    module, name = KINDS.get((cfg.kind, cfg.text.name)) or KINDS[cfg.kind, None]
     return getattr(importlib.import_module(module), name)(cfg)

@@ -52,11 +52,13 @@ class Model(nn.Module):
         self.embed_dim: int = cfg.embed_dim
         self.logit_scale = nn.Parameter(torch.full((1,), float(cfg.logit_scale_init)))
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
         """Encode normalised images.
 
         Args:
             images: (b, 3, H, W) float; cast to the weights' type.
+            augmentation: (b, P) float, what was done to each image, for a model that has
+                `model.augmentation`; None: nothing, as in every evaluation.
 
         Returns:
             feature: (b, D) float32 of unit length; projected: (b, D) float32 before that;
@@ -103,6 +105,24 @@ class Model(nn.Module):
         """Unit-length image features (b, D), text features (b, D) and the multiplier (1,)."""
         image, text = self.encode_image(images), self.encode_text(input_ids)
         return image["feature"], text["feature"], self.scale()
+
+    def towers(self) -> dict[str, nn.Module]:
+        """Its encoders, by the names under which a plan says how large they are; what reads images
+        comes first."""
+        raise NotImplementedError
+
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """Modules that torch.compile takes whole, and of each whether its inputs change in shape
+        from batch to batch."""
+        raise NotImplementedError
+
+    def image_encoder(self) -> nn.Module:
+        """A copy of what encodes images, to be trained by itself: (b, 3, H, W) -> `projected`.
+
+        Every parameter of it takes part; its `no_weight_decay()` names those that do not decay,
+        beside norms and biases.
+        """
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory: activations are recomputed in the backward pass."""

@@ -16,9 +16,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
-KINDS = ("two_tower", "reference")
+# Kind of model -> the texts that it can be built with (`model.text.name`).
+KINDS = {
+    "two_tower": ("transformer", "hf"),
+    "one_tower": ("pixels",),
+    "reference": ("transformer", "hf"),
+}
 SIMILARITIES = ("cosine",)
-TEXT_TOWERS = ("transformer", "hf")
+TEXT_TOWERS = ("transformer", "hf", "pixels")
+RENDERED = "rendered"  # the tokenizer that draws a text (loaders.render)
 HF_POOLINGS = ("first", "mean")
 
 
@@ -84,13 +90,14 @@ class ImageConfig(_Section):
 
 @dataclass(frozen=True)
 class TextConfig(_Section):
-    """Text tower: `transformer` (CLIP's, as UniCL uses it) or `hf` (a Hugging Face encoder).
+    """Text tower: `transformer` (CLIP's, as UniCL uses it), `hf` (a Hugging Face encoder), or
+    `pixels`: texts are drawn by `tokenizer: rendered` and read by the image tower.
 
     `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
     from its own configuration. `hf_name` is a model name or folder; `hf_config` is a mapping with
     `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights and
     a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens that
-    are not padding.
+    are not padding. Of all keys `pixels` has `name` and `tokenizer` alone.
     """
 
     name: str = "transformer"
@@ -112,6 +119,11 @@ class TextConfig(_Section):
             self.name in TEXT_TOWERS,
             f"{self.where}.name must be one of {TEXT_TOWERS}, got {self.name!r} "
             "(for a Hugging Face model write name: hf and hf_name: ...)",
+        )
+        _require(
+            (self.name == "pixels") == (self.tokenizer == RENDERED),
+            f"{self.where}: name: {self.name} does not go with tokenizer: {self.tokenizer}; texts "
+            f"as pictures have name: pixels and tokenizer: {RENDERED}, both",
         )
         self._require_positive("width", "layers", "heads", "context_length", "vocab_size")
         _require(
@@ -161,12 +173,30 @@ class ReferenceConfig(_Section):
 
 
 @dataclass(frozen=True)
+class AugmentationConfig(_Section):
+    """The part that is told what was done to an image (`models.augmentation`).
+
+    `width` is that of the encoder of an image view's parameters and of what it makes of them,
+    `hidden` that of the hidden layer which joins this with the image.
+    """
+
+    width: int = 256
+    hidden: int = 1024
+
+    where = "model.augmentation"
+
+    def __post_init__(self) -> None:
+        self._require_positive("width", "hidden")
+
+
+@dataclass(frozen=True)
 class ModelConfig(_Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
-    compared: by the cosine of their features, wherever a model is used. `reference` belongs to the
-    kind of that name, and no other.
+    compared: by the cosine of their features, wherever a model is used. `augmentation` is the part
+    that is told what was done to an image; without it the model has none.
+    `reference` belongs to the kind of that name, and to no other.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -181,6 +211,7 @@ class ModelConfig(_Section):
     logit_scale_max: float | None = None
     kind: str = "two_tower"
     similarity: str = "cosine"
+    augmentation: AugmentationConfig | None = None
     reference: ReferenceConfig | None = None
 
     where = "model"
@@ -190,12 +221,20 @@ class ModelConfig(_Section):
             value = getattr(self, name)
             if not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
+        if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
+            section = AugmentationConfig.from_dict(self.augmentation)
+            object.__setattr__(self, "augmentation", section)
         if self.reference is not None and not isinstance(self.reference, ReferenceConfig):
             object.__setattr__(self, "reference", ReferenceConfig.from_dict(self.reference))
         self._require_positive("embed_dim")
-        for name, known in (("kind", KINDS), ("similarity", SIMILARITIES)):
+        for name, known in (("kind", tuple(KINDS)), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
             _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
+        _require(
+            self.text.name in KINDS[self.kind],
+            f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
+            + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
+        )
         _require(
             (self.kind == "reference") == (self.reference is not None),
             f"{self.where}.kind={self.kind}: model.reference is needed by kind: reference, and "

@@ -9,6 +9,7 @@ be reloaded here is reloaded, and its features are compared, before the command 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -73,13 +74,16 @@ def _refuse_inexpressible(cfg: ModelConfig, format_name: str) -> None:
     foreign = {
         "kind": ("two_tower", "open_clip", "hf", "timm"),
         "similarity": ("cosine", "open_clip", "hf"),
+        "augmentation": (None, "open_clip", "hf"),
     }
     for name, (usual, *formats) in foreign.items():
         value = getattr(cfg, name)
         if value != usual and format_name in formats:
+            told = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
             raise ConfigError(
-                f"--format {format_name} cannot express model.{name}={value}, only {usual}; use "
-                "--format safetensors or pt, which `models.weights.load` reads"
+                f"--format {format_name} cannot express model.{name}={told}, only "
+                f"{usual or 'null'}; use --format safetensors or pt, which `models.weights.load` "
+                "reads"
             )
 
 

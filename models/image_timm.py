@@ -82,10 +82,11 @@ class TimmTower(nn.Module):
         # (class token, positions) in a hook on its call, which a plain method call would skip.
         self.trunk.forward = self.trunk.forward_features
         self.channels_last = getattr(self.trunk, "output_fmt", "NCHW") == "NHWC"
-        self.width = self._probe_width(cfg)
+        self.width, self.length = self._probe(cfg)
 
-    def _probe_width(self, cfg: ImageConfig) -> int:
-        """Run once on the meta device (no arithmetic): the pooled width, or why the size fails."""
+    def _probe(self, cfg: ImageConfig) -> tuple[int, int]:
+        """Run once on the meta device (no arithmetic): the pooled width and the number of tokens,
+        or why the size fails."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         on_meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
         images = torch.empty(2, 3, cfg.size, cfg.size, device="meta")
@@ -108,7 +109,7 @@ class TimmTower(nn.Module):
                 f"and tokens of shape {tuple(tokens.shape)}; needed are (b, W) and (b, N, W). "
                 "A timm model without pooling (global_pool: '') cannot be used."
             )
-        return pooled.shape[1]
+        return pooled.shape[1], tokens.shape[1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode normalised images.

@@ -16,6 +16,7 @@ augmentation included; nothing is stored for each training image.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 from torch import Tensor, nn, zeros
@@ -25,7 +26,7 @@ from loaders.errors import ConfigError
 from models import reference_folder
 from models.config import ModelConfig
 from models.retrieval import Retrieval
-from models.two_tower import TwoTower
+from models.two_tower import ImageEncoder, TwoTower
 
 
 class GatedAttention(nn.Module):
@@ -47,7 +48,7 @@ class GatedAttention(nn.Module):
         return self.gate * self.out(attended.flatten(1))
 
 
-class RetrievalAugmentation(nn.Module):
+class Enrichment(nn.Module):
     """v + a_img A_img + a_txt A_txt, the equations above."""
 
     def __init__(self, width: int, image_width: int, text_width: int, heads: int) -> None:
@@ -69,12 +70,25 @@ class RetrievalAugmentation(nn.Module):
         return features + self.image(features, keys, image) + self.text(features, keys, text)
 
 
+class EnrichedEncoder(ImageEncoder):
+    """`ImageEncoder` with a copy of the module; the frozen part is shared."""
+
+    def __init__(self, model: ReferenceModel) -> None:
+        super().__init__(model.image, model.image_projection)
+        self.enrichment = copy.deepcopy(model.enrichment)
+        self.retrieval = model.retrieval
+
+    def forward(self, images: Tensor) -> Tensor:
+        own = self.image(images)[0]
+        return self.projection(self.enrichment(own, *self.retrieval(images)))
+
+
 class ReferenceModel(TwoTower):
     """A two-tower model with a reference folder and the module that reads it.
 
     Attributes:
         retrieval: the frozen part, which is not registered (`models.retrieval`).
-        augmentation: the trained part.
+        enrichment: the trained part.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -90,19 +104,13 @@ class ReferenceModel(TwoTower):
             )
         self.retrieval = Retrieval(folder, found.neighbours, cfg.image.mean, cfg.image.std)
         image_width, text_width = self.retrieval.image.shape[1], self.retrieval.text.shape[1]
-        self.augmentation = RetrievalAugmentation(
-            self.image_width, image_width, text_width, found.heads
-        )
+        self.enrichment = Enrichment(self.image_width, image_width, text_width, found.heads)
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
-        """As `Model.encode_image`; `pooled` has what the neighbours added, `tokens` do not."""
-        images = images.to(self.image_projection.weight.dtype)
+    def pool(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TwoTower.pool`; what the neighbours add is in `pooled` alone."""
         own, tokens = self.image(images)
-        pooled = self.augmentation(own, *self.retrieval(images))
-        projected = self.image_projection(pooled).float()
-        return {
-            "feature": F.normalize(projected, dim=-1),
-            "projected": projected,
-            "pooled": pooled,
-            "tokens": tokens,
-        }
+        return self.enrichment(own, *self.retrieval(images)), tokens
+
+    def image_encoder(self) -> nn.Module:
+        """As `Model.image_encoder`; the neighbours take part."""
+        return EnrichedEncoder(self)

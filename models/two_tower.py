@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.augmentation import AugmentationHead
 from models.base import Model
 from models.config import ModelConfig
 from models.image_timm import TimmTower, lift_zero_dim
@@ -12,6 +15,23 @@ from models.text_hf import HuggingFaceTower
 from models.text_transformer import INIT_STD, TransformerTower
 
 TEXT_TOWERS = {"transformer": TransformerTower, "hf": HuggingFaceTower}
+
+
+class ImageEncoder(nn.Module):
+    """An image tower and its projection, copied: (b, 3, H, W) -> (b, D) before unit length."""
+
+    def __init__(self, image: TimmTower, projection: nn.Linear) -> None:
+        super().__init__()
+        self.image, self.projection = copy.deepcopy(image), copy.deepcopy(projection)
+        # The copy's trunk must run its own method, not the one bound to the original.
+        self.image.trunk.forward = self.image.trunk.forward_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.image(images)[0])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names that do not decay, beside norms and biases."""
+        return {f"image.{name}" for name in self.image.no_weight_decay()}
 
 
 class TwoTower(Model):
@@ -31,17 +51,37 @@ class TwoTower(Model):
         self.text_projection = nn.Linear(self.text_width, cfg.embed_dim, bias=False)
         nn.init.trunc_normal_(self.image_projection.weight, std=INIT_STD)
         nn.init.trunc_normal_(self.text_projection.weight, std=INIT_STD)
+        self.augmentation = None
+        if cfg.augmentation is not None:
+            self.augmentation = AugmentationHead(cfg.augmentation, self.image_width)
 
-    def encode_image(self, images: Tensor) -> dict[str, Tensor]:
-        """As `Model.encode_image`; tokens are those of the trunk."""
-        pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
-        projected = self.image_projection(pooled).float()
+    def encode_image(self, images: Tensor, augmentation: Tensor | None = None) -> dict[str, Tensor]:
+        """As `Model.encode_image`; pooled and tokens are those of the trunk, which is not told what
+        was done to an image.
+
+        Raises:
+            ValueError: `augmentation` is given to a model without `model.augmentation`.
+        """
+        pooled, tokens = self.pool(images.to(self.image_projection.weight.dtype))
+        if self.augmentation is not None:
+            told = self.augmentation(pooled, augmentation)
+        elif augmentation is None:
+            told = pooled
+        else:
+            raise ValueError(
+                "this model cannot be told what was done to an image: it has no model.augmentation"
+            )
+        projected = self.image_projection(told).float()
         return {
             "feature": F.normalize(projected, dim=-1),
             "projected": projected,
             "pooled": pooled,
             "tokens": tokens,
         }
+
+    def pool(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`pooled` and `tokens` of `encode_image`."""
+        return self.image(images)
 
     def encode_text(self, input_ids: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_text`."""
@@ -63,6 +103,19 @@ class TwoTower(Model):
     def text_mask(self, input_ids: Tensor) -> Tensor:
         """As `Model.text_mask`."""
         return self.text.mask(input_ids)
+
+    def towers(self) -> dict[str, nn.Module]:
+        """As `Model.towers`."""
+        return {"image tower": self.image, "text tower": self.text}
+
+    def graphs(self) -> list[tuple[nn.Module, bool]]:
+        """As `Model.graphs`. Of the text tower the encoder alone: outside of training the tower
+        reads the longest length from the device."""
+        return [(self.image, False), (self.text.encoder, True)]
+
+    def image_encoder(self) -> nn.Module:
+        """As `Model.image_encoder`."""
+        return ImageEncoder(self.image, self.image_projection)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in both towers: activations are recomputed in the backward."""

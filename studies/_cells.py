@@ -2,14 +2,16 @@
 
     OUT/runs/ARM-seedS/       run folder of train.py
     OUT/results/              result rows of all cells; a row's `run` is ARM-seedS
-    OUT/cells/ARM-seedS/      output.txt, usage.jsonl, and failure.txt until the cell is done
+    OUT/cells/ARM-seedS/      output.txt, usage.jsonl; finished.json, or failure.txt until then
     OUT/report/               what studies.report drew
 
-Nothing else is remembered: a folder that is copied to another place goes on there.
+Nothing else is remembered: a folder that is copied to another place goes on there. A finished cell
+stays finished when its run folder is deleted: finished.json has what is asked of it.
 """
 
 import hashlib
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
 
 from engine import config, identity
 from eval import rows
@@ -66,9 +69,11 @@ class Cell:
         return config.count_steps(self.cfg, 0)[0] or None
 
     def done_steps(self) -> int:
-        """Steps in the last checkpoint."""
+        """Steps in the last checkpoint, or in that of a finished run that was deleted."""
         checkpoint = self.checkpoint()
-        return int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+        if checkpoint is None:
+            return self.finished().get("steps", 0)
+        return int(checkpoint.name.removeprefix("step_"))
 
     def checkpoint(self) -> Path | None:
         """The last good checkpoint."""
@@ -81,29 +86,69 @@ class Cell:
 
     def trained(self) -> bool:
         """Whether the run is finished, and is the one that the study describes."""
-        if self.checkpoint() is None or self.differing():
+        if self.differing():
             return False
+        if self.checkpoint() is None:
+            return bool(self.finished())
         starts = _json(self.run / "environment.json").get("starts", [])
         planned = starts[-1]["steps"] if starts else None
         return planned is not None and self.done_steps() >= planned
 
     def differing(self) -> dict[str, tuple[Any, Any]]:
-        """Key -> (in the run folder, in the study) of what decides a sample or an update."""
+        """Key -> (in the run, in the study) of what decides a sample or an update."""
         path = self.run / "config.yaml"
-        if not path.is_file():
+        if path.is_file():
+            was = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        elif self.finished():
+            was = self.finished()["config"]
+        else:
             return {}
-        was = identity.flat(OmegaConf.to_container(OmegaConf.load(path), resolve=True))
-        now = identity.flat(OmegaConf.to_container(self.cfg, resolve=True))
+        was, now = (
+            identity.flat(cfg)
+            for cfg in (was, OmegaConf.to_container(self.cfg, resolve=True))
+        )  # fmt: skip
         keys = [key for key in [*now, *(was.keys() - now.keys())] if not identity.is_free(key)]
         return {k: (was.get(k), now.get(k)) for k in keys if was.get(k) != now.get(k)}
+
+    def finished(self) -> dict:
+        """What `finish` kept of a run folder that is gone; empty where it did not."""
+        return _json(self.notes / "finished.json")
+
+    def finish(self) -> None:
+        """Keep what is asked of a cell all of whose rows are there."""
+        speeds = [r["samples_per_second"] for r in self.records() if "samples_per_second" in r]
+        kept = {
+            "steps": self.done_steps(),
+            "checkpoint_hash": self.checkpoint_hash(),
+            "parameters": self.parameters(),
+            "samples_per_second": statistics.median(speeds) if speeds else None,
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+        }
+        path = self.notes / "finished.json"
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+    def checkpoint_hash(self) -> str:
+        """SHA-256 of the weights of the last checkpoint, as result rows have it."""
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return self.finished()["checkpoint_hash"]
+        with open(checkpoint / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def parameters(self) -> int:
+        """Numbers in the model, from the head of the checkpoint's safetensors file."""
+        checkpoint = self.checkpoint()
+        if checkpoint is None:
+            return self.finished()["parameters"]
+        with safe_open(checkpoint / "model.safetensors", "numpy") as file:
+            names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
     def rows(self) -> list[dict]:
         """Result rows of the last checkpoint; none before the run is finished."""
         if not self.trained():
             return []
-        with open(self.checkpoint() / "model.safetensors", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _evaluations.read_rows(self.results, self.name, digest)
+        return _evaluations.read_rows(self.results, self.name, self.checkpoint_hash())
 
     def lacking(self) -> list[tuple[_evaluations.Planned, list[str]]]:
         """Evaluations that have no rows yet, with the sets that they lack."""
@@ -119,10 +164,11 @@ class Cell:
 
     def training_seconds(self) -> float | None:
         """Samples of the run over the median speed of its log; None before it is finished."""
-        speeds = [r["samples_per_second"] for r in self.records() if "samples_per_second" in r]
-        if not speeds or not self.trained():
+        if not self.trained():
             return None
-        return self.done_steps() * self.cfg.train.global_batch / statistics.median(speeds)
+        speeds = [r["samples_per_second"] for r in self.records() if "samples_per_second" in r]
+        speed = statistics.median(speeds) if speeds else self.finished().get("samples_per_second")
+        return self.done_steps() * self.cfg.train.global_batch / speed if speed else None
 
     def usage(self) -> list[dict]:
         """What its processes took, one dictionary each; see `studies._work`."""

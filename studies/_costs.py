@@ -1,9 +1,6 @@
 """What an arm costs: samples per CPU second, memory, parameters."""
 
-import math
 from dataclasses import dataclass
-
-from safetensors import safe_open
 
 from studies._cells import Cell
 
@@ -39,12 +36,5 @@ def cost_of(cells: list[Cell]) -> Cost:
         done[0].done_steps() * done[0].cfg.train.global_batch if done else None,
         samples / cpu if cpu else None,
         max(peak, default=None),
-        parameters(done[0]) if done else None,
+        done[0].parameters() if done else None,
     )
-
-
-def parameters(cell: Cell) -> int:
-    """Numbers in the model of a cell's checkpoint, from the head of its safetensors file."""
-    with safe_open(cell.checkpoint() / "model.safetensors", "numpy") as file:
-        names = [name for name in file.keys() if name.startswith("model.")]  # noqa: SIM118
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)

@@ -179,6 +179,7 @@ def _make(cell, launcher: str, evaluation_launcher: str, signals):
         path.write_text(f"{failure}\n", encoding="utf-8")
     else:
         path.unlink(missing_ok=True)
+        cell.finish()
     return failure
 
 

@@ -18,7 +18,7 @@ HEAVY = (
     "deepspeed", "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops", "deepspeed.ops.triton_ops",
     "deepspeed.runtime.zero.stage_1_and_2",
-    "setuptools",
+    "setuptools", "tests.warmed",
 )  # fmt: skip
 
 

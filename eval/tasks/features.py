@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval import rows
@@ -117,7 +118,9 @@ class Extractor:
         config = ModelConfig.from_dict(self.run.cfg["model"])
         self.size = config.image.size
         self.mean, self.std = config.image.mean, config.image.std
-        self.tokenizer = tokenizers.build(config.text.tokenizer, config.text.context_length)
+        self.tokenizer = tokenizers.build(
+            config.text.tokenizer, config.text.context_length, self.size
+        )
         self.model = self.run.model.to(self.accelerator.device).float().eval()
 
     def images(self, split: EvalSplit) -> Features | None:
@@ -145,8 +148,8 @@ class Extractor:
             "tokenizer": [self.tokenizer.digest, self.tokenizer.context_length],
             "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         }
-        token_ids = self.tokenizer(texts)
-        return self._run(description, token_ids, self.model.encode_text, 0, title)
+        tokenized = _Texts(texts, self.tokenizer)
+        return self._run(description, tokenized, self.model.encode_text, 0, title)
 
     def _run(self, description, dataset, encode_batch, workers, title) -> Features | None:
         compute = partial(
@@ -166,6 +169,19 @@ class Extractor:
             return None
         per_template = features["feature"].view(len(names), len(templates), -1)
         return F.normalize(F.normalize(per_template, dim=-1).mean(dim=1), dim=-1)
+
+
+class _Texts(Dataset):
+    """Texts, tokenized batch by batch: all of them, drawn as pictures, would not fit in memory."""
+
+    def __init__(self, texts: list[str], tokenizer: Callable[[list[str]], torch.Tensor]) -> None:
+        self._texts, self._tokenizer = texts, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return list(self._tokenizer([self._texts[i] for i in indices]))
 
 
 def finite_images(

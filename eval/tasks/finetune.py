@@ -8,7 +8,6 @@ random-resized crop and flip.
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from functools import partial
 
@@ -28,33 +27,29 @@ from eval.tasks.features import Extractor, initial_head
 from eval.tasks.outcome import Outcome
 from loaders import views
 from loaders.errors import ConfigError, NonFiniteLoss
-from models.two_tower import TwoTower
+from models.base import Model
 
 BATCH = 64
 WEIGHT_DECAY = 0.05
 
 
 class Classifier(nn.Module):
-    """Image tower, projection and linear head: normalised images (b, 3, H, W) -> logits (b, K)."""
+    """Image encoder and linear head: normalised images (b, 3, H, W) -> logits (b, K)."""
 
-    def __init__(self, model: TwoTower, head: Tensor) -> None:
+    def __init__(self, model: Model, head: Tensor) -> None:
         super().__init__()
-        self.image = copy.deepcopy(model.image)
-        # The copy's trunk must run its own method, not the one bound to the original.
-        self.image.trunk.forward = self.image.trunk.forward_features
-        self.projection = copy.deepcopy(model.image_projection)
+        self.encoder = model.image_encoder()
         self.head = nn.Linear(head.shape[1], head.shape[0])
         self.head.weight.data.copy_(head)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("scale", model.scale().detach())
 
     def forward(self, images: Tensor) -> Tensor:
-        pooled, _ = self.image(images)
-        return self.scale * self.head(nn.functional.normalize(self.projection(pooled), dim=-1))
+        return self.scale * self.head(nn.functional.normalize(self.encoder(images), dim=-1))
 
     def no_weight_decay(self) -> set[str]:
         """Names that do not decay, beside norms and biases."""
-        return {f"image.{name}" for name in self.image.no_weight_decay()}
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
 
 class TrainingViews(Dataset):
@@ -144,11 +139,6 @@ def evaluate(
     The head has one output for each class of `common_classes.meet`: all that were trained.
     """
     accelerator = extractor.accelerator
-    if extractor.run.reference:
-        raise ConfigError(
-            f"{extractor.run.name}: fine-tuning trains an image tower alone, and this model (kind "
-            "reference) is more; use linear_probe or knn"
-        )
     splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
     names, truth, test = classes.names, classes.targets["test"], splits["test"]
     head, digest = initial_head(extractor, test, names, args.head_init)

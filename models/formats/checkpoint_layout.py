@@ -34,7 +34,8 @@ WRAPPER = re.compile(
 MARKERS = (
     "logit_scale", "image_encoder.patch_embed.proj.weight", "visual.patch_embed.proj.weight",
 )  # fmt: skip
-OURS = ("logit_scale", "image_projection.weight", "text_projection.weight")
+# Beside `logit_scale` one of these: the projection of images, or one for images and texts.
+OURS = ("image_projection.weight", "projection.weight")
 METHOD = "method."  # a training method's own tensors, in our checkpoints
 
 
@@ -104,7 +105,7 @@ def layout(names: Collection[str]) -> str | None:
     """Whose names these are: `unicl` (the release), `clip`, `ours`, or None."""
     if any(marker in names for marker in MARKERS[1:]):
         return "unicl"
-    if all(name in names for name in OURS):
+    if "logit_scale" in names and any(name in names for name in OURS):
         return "ours"
     if "logit_scale" in names and any(name.startswith("visual.") for name in names):
         return "clip"
@@ -130,7 +131,7 @@ def plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                 "a state dict that has one of them"
             )
         stored[short] = name
-    if f"model.{OURS[1]}" in stored:
+    if any(f"model.{name}" in stored for name in OURS):
         stored = {short: name for short, name in stored.items() if not short.startswith(METHOD)}
     found = [prefix for prefix in _prefixes(stored) if layout(set(_below(prefix, stored)))]
     prefix, *more = found or [""]

@@ -10,10 +10,11 @@ import models
 from engine import checkpoint, deepspeed_engine, optim
 from engine.step import Stepper
 from losses._gather import Gather
-from tests.engine import tiny
+from tests.engine import everything, tiny
 from tests.losses import small
 
 BATCH = 8
+EVERYTHING = "everything"  # no file of losses/
 IDENTITY = {"train.global_batch": BATCH}
 
 
@@ -30,8 +31,12 @@ def start(name, stage, world_size, pieces=1, bf16=False):
 def build(name):
     """Model and method, the same at every start."""
     torch.manual_seed(5)
-    model = models.build(tiny.MODEL)
-    return deepspeed_engine.TrainModule(model, small.build(name, tiny.DIMS)).train()
+    model = models.build(tiny.model_settings(name))
+    if name == EVERYTHING:
+        method = everything.Method(everything.Method.Config(), tiny.DIMS)
+    else:
+        method = small.build(name, tiny.DIMS)
+    return deepspeed_engine.TrainModule(model, method).train()
 
 
 def untrained(name):
@@ -41,7 +46,7 @@ def untrained(name):
 
 def share(name, step, rank, world_size, pieces=1, dtype=torch.float32):
     """The micro-batches of one rank, with as many views as the method asks for."""
-    method = losses.find(name)
+    method = everything.Method if name == EVERYTHING else losses.find(name)
     batch = tiny.make_batch(step, BATCH, len(method.images), len(method.texts))
     batch["image"] = batch["image"].to(dtype)
     mine = tiny.cut(batch, rank, world_size)

@@ -22,12 +22,11 @@ from tests import multiprocess
 from tests.engine import family, tiny
 
 STEPS = 2
-# Between them they have a queue, heads over ranks, a teacher, and a parameter in the loss.
-# The other methods, which are made of these parts, are run by `make soak`.
-TELLING = {"declip", "otter"}
+# It has a queue, heads over ranks, a teacher, and a parameter in the loss. The methods, which
+# are made of these parts, are run by `make soak`.
 NAMES = [
-    name if name in TELLING else pytest.param(name, marks=pytest.mark.soak)
-    for name in losses.names()
+    family.EVERYTHING,
+    *[pytest.param(name, marks=pytest.mark.soak) for name in losses.names()],
 ]
 # Rounding moves a step of AdamW (eps = 1, rate 1) by far less than a wrong factor would.
 CLOSE = {"rtol": 2e-5, "atol": 2e-4}
@@ -111,7 +110,8 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(found, name)
         np.testing.assert_allclose(ours[key], value, **CLOSE, err_msg=key)
     # Evaluation reads the model alone, and finds all it needs there.
     saved = folder / "wandering"
-    (saved / "config.yaml").write_text(json.dumps({"model": tiny.MODEL}))  # JSON is YAML
+    settings = json.dumps({"model": tiny.model_settings(name)})  # JSON is YAML
+    (saved / "config.yaml").write_text(settings)
     evaluated = weights.load(checkpoint.last_good(saved)).model.state_dict()
     assert {f"model.{key}" for key in evaluated} == {k for k in ours if k.startswith("model.")}
     for key, value in evaluated.items():

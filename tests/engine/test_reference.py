@@ -117,7 +117,7 @@ def test_ranks_micro_batches_stages_and_a_kill_change_nothing(tmp_path):
         found[case] = multiprocess.run(lives, ranks, "clip", folder, reference, parts)[0]
     values, expected = found["one"]
     start = family.untrained("clip")
-    assert np.abs(expected["model.augmentation.text.gate"]).max() > 1e-4
+    assert np.abs(expected["model.enrichment.text.gate"]).max() > 1e-4
     assert any(np.abs(expected[key] - start[key]).max() > 1e-3 for key in start)
     for case, (seen, weights) in found.items():
         np.testing.assert_allclose(seen, values, rtol=2e-5, err_msg=case)

@@ -8,6 +8,7 @@ from engine import deepspeed_engine, optim
 from engine.config import OptimConfig
 from engine.step import Stepper
 from losses._gather import Gather
+from tests.losses import small
 
 MODEL = {
     "image": {
@@ -21,10 +22,16 @@ MODEL = {
 DIMS = {"embed_dim": 8, "image_width": 32, "text_width": 16, "num_classes": 5, "vocab_size": 49409}
 
 
+def model_settings(name):
+    """The `model:` section that method `name` trains."""
+    return {**MODEL, **small.MODELS.get(name, {})}
+
+
 def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
-    settings = {**MODEL, "image": {**MODEL["image"]}}
-    settings["image"]["kwargs"] = {**MODEL["image"]["kwargs"], "drop_path_rate": drop_path}
+    settings = model_settings(name)
+    settings["image"] = {**settings["image"]}
+    settings["image"]["kwargs"] = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
     return deepspeed_engine.TrainModule(
         models.build(settings), losses.build(name, {}, DIMS)
     ).train()
@@ -35,10 +42,11 @@ def make_batch(step, size, images=2, texts=1):
     text = torch.randint(1, 49000, (size, texts, 12), generator=generator)
     text[:, :, -1] = 49407
     labels = torch.randint(-1, 5, (size,), generator=generator)
-    images = torch.randn(size, images, 3, 32, 32, generator=generator)
+    pixels = torch.randn(size, images, 3, 32, 32, generator=generator)
     seeds = torch.randint(0, 2**62, (size + 1,), generator=generator)
+    parameters = torch.rand(size, images, 13, generator=generator)
     return {
-        "image": images, "text": text, "label": labels,
+        "image": pixels, "augmentation": parameters, "text": text, "label": labels,
         "seed": seeds[1:], "step_seed": seeds[:1].repeat(size),
     }  # fmt: skip
 

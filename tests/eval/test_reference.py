@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import models
-from eval import finetune, reference, zero_shot
+from eval import reference, zero_shot
 from eval.sources.registry import REPOSITORY
 from loaders import tokenizers, views
 from loaders.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ def write(folder, place):
     section = {"folder": str(place), "neighbours": 3, "heads": 2}
     config = {**MODEL, "kind": "reference", "reference": section}
     model = randomize(models.build(config))
-    for part in (model.augmentation.image, model.augmentation.text):
+    for part in (model.enrichment.image, model.enrichment.text):
         torch.nn.init.ones_(part.gate)
     config["reference"] = {**section, "checksum": model.cfg.reference.checksum}
     checkpoint = folder / "checkpoints" / "step_0000007"
@@ -198,8 +198,12 @@ def test_rows_name_the_reference_and_features_of_another_one_are_not_taken(world
     assert again[0]["reference"] not in (None, found[0]["reference"])
 
 
-def test_fine_tuning_refuses_what_is_more_than_an_image_tower(world, made, tmp_path):
-    write(tmp_path / "run", made)
-    given = ["--checkpoint", str(tmp_path / "run"), "--datasets", "toy_classes"]
-    with pytest.raises(ConfigError, match="fine-tuning trains an image tower alone"):
-        finetune.main([*given, "--output", str(tmp_path)], world / "registry.yaml")
+@torch.no_grad()
+def test_fine_tuning_starts_from_the_model_with_its_reference(world, made, tmp_path):
+    live = write(tmp_path / "run", made)
+    encoder = live.image_encoder().eval()
+    torch.testing.assert_close(encoder(images()), live.encode_image(images())["projected"])
+    names = {name for name, _ in encoder.named_parameters()}
+    assert {"enrichment.text.gate", "projection.weight"} < names
+    assert not any("retrieval" in name for name in names)
+    assert encoder.enrichment.keys.weight is not live.enrichment.keys.weight

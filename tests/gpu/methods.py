@@ -21,6 +21,7 @@ def batch(method: type) -> dict[str, torch.Tensor]:
     made["image"] = torch.randn(SIZE, images, 3, 32, 32, generator=generator)
     made["text"] = torch.randint(1, 49000, (SIZE, texts, 12), generator=generator)
     made["text"][..., -1] = 49407
+    made["augmentation"] = torch.rand(SIZE, images, 13, generator=generator)
     made["label"] = torch.arange(SIZE) % 5
     if not method.needs_labels:
         made["label"][::2] = -1

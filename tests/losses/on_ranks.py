@@ -66,6 +66,7 @@ def leaves_of(rows):
     image, text, second, _ = make_batch()
     leaves = {
         "image": image[rows], "text": text[rows], "first": image[rows], "second": second[rows],
+        "image1": image[rows], "image2": second[rows], "image3": (image + 0.4 * second)[rows],
         "caption": text[rows], "synthetic": second[rows],
         "strong1": second[rows], "strong2": image[rows], "query": image[rows], "key": second[rows],
         "teacher_image": second[rows], "teacher_text": text[rows],

@@ -16,6 +16,11 @@ OPTIONS = {
     "otter": {"form": "released", "alpha": 0.8},
 }
 
+# What a method's model needs beyond the tiny one (tests/engine/tiny.py).
+MODELS = {
+    "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
+}
+
 
 def build(name, dims, **options):
     """Method `name` with small heads and queues, and the options that it has of those given."""

@@ -254,6 +254,30 @@ def test_what_a_format_cannot_express_is_named_and_leaves_nothing(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@torch.no_grad()
+def test_a_model_that_is_told_what_was_done_to_images(tmp_path):
+    """Ours keep it whole, timm's is the tower alone, and the others have no such part."""
+    sizes = {"width": 5, "hidden": 11}
+    model = run_folder.write(tmp_path / "run", "resnet", augmentation=sizes)
+    images = noise(SIZES["resnet"])
+    told = torch.rand(3, 13, generator=torch.Generator().manual_seed(1))
+    for name, file in (("pt", "run.pt"), ("safetensors", ".")):
+        export(tmp_path / "run", name, tmp_path / name)
+        back = weights.load(tmp_path / name / file).model
+        for parameters in (None, told):
+            ours, theirs = (m.encode_image(images, parameters)["feature"] for m in (model, back))
+            assert torch.equal(ours, theirs)
+    export(tmp_path / "run", "timm", tmp_path / "timm")
+    trunk = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0)
+    pooled = trunk.eval()(images)
+    torch.testing.assert_close(model.encode_image(images)["pooled"], pooled, rtol=0, atol=1e-5)
+    for name in ("open_clip", "hf"):
+        words = rf"--format {name} cannot express model\.augmentation={{'width': 5.*only null"
+        with pytest.raises(ConfigError, match=words):
+            export(tmp_path / "run", name, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_command_line_and_an_output_that_exists(tmp_path, capsys):
     run_folder.write(tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "step_0000007"

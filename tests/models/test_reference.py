@@ -14,7 +14,7 @@ import models
 from loaders.errors import ConfigError, DataError
 from models import reference_folder, retrieval
 from models.config import ModelConfig, ReferenceConfig
-from models.reference import RetrievalAugmentation
+from models.reference import Enrichment
 from models.retrieval import Retrieval, nearest
 from tests.engine import tiny
 from tests.losses.test_no_waiting import NoOperatorWaits, NoTensorIsRead
@@ -51,7 +51,7 @@ def batch(size=4):
 def module(width=8, image=5, text=6, heads=2):
     """A module with open gates, in float64."""
     torch.manual_seed(1)
-    made = RetrievalAugmentation(width, image, text, heads).double()
+    made = Enrichment(width, image, text, heads).double()
     nn.init.constant_(made.image.gate, 0.7)
     nn.init.constant_(made.text.gate, -1.3)
     return made
@@ -66,7 +66,7 @@ def pairs(samples=4, neighbours=6, width=8, image=5, text=6):
 
 @pytest.mark.parametrize("count", WORKED)
 def test_worked_example(count):
-    made = RetrievalAugmentation(2, 2, 2, heads=1)
+    made = Enrichment(2, 2, 2, heads=1)
     for part in made.modules():
         if isinstance(part, nn.Linear):
             nn.init.eye_(part.weight)
@@ -185,7 +185,7 @@ def test_the_frozen_encoder_stays_as_it_is_and_out_of_the_model(folder):
         optimizer.step()
     assert not any(part.training for part in frozen.modules())
     assert all(before[name].equal(value) for name, value in frozen.state_dict().items())
-    assert model.augmentation.image.gate.abs() > 0.01
+    assert model.enrichment.image.gate.abs() > 0.01
     assert copy.deepcopy(model).retrieval is model.retrieval  # a teacher's, say
 
 
@@ -205,14 +205,14 @@ def test_queries_are_of_the_encoders_own_statistics_and_size(folder, size):
 @torch.no_grad()
 def test_a_model_adds_what_is_nearest_to_its_image(folder):
     model = build(folder).eval()
-    for part in (model.augmentation.image, model.augmentation.text):
+    for part in (model.enrichment.image, model.enrichment.text):
         nn.init.ones_(part.gate)
     images, _ = batch()
     found = reference_folder.find(model.cfg.reference)
     image, text = (features.float() for features in found.features())
     best = (model.retrieval.queries(images) @ image.T).topk(3).indices
     own = model.image(images)[0]
-    pooled = model.augmentation(own, image[best], text[best])
+    pooled = model.enrichment(own, image[best], text[best])
     out = model.encode_image(images)
     torch.testing.assert_close(out["pooled"], pooled)
     torch.testing.assert_close(out["feature"], F.normalize(model.image_projection(pooled), dim=-1))
@@ -236,7 +236,7 @@ def test_nothing_waits_for_the_device(folder):
     images = batch()[0]
     own = torch.randn(4, model.image_width, requires_grad=True)
     with NoOperatorWaits(), NoTensorIsRead():
-        model.augmentation(own, *model.retrieval(images)).sum().backward()
+        model.enrichment(own, *model.retrieval(images)).sum().backward()
     assert own.grad is not None
 
 

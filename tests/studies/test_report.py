@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -180,3 +181,25 @@ def test_pictures_fit_500_pixels(tmp_path, capsys):
         with Image.open(tmp_path / f"out/report/{name}.png") as image:
             assert image.width <= 500
             assert len(image.convert("RGB").getcolors(1 << 20)) > 5
+
+
+def test_a_finished_cell_outlives_its_run_folder(tmp_path, capsys):
+    path = filled(tmp_path, {("one", 3): 50, ("two", 3): 49, ("one", 5): 52, ("two", 5): 53})
+    cells = cells_of(path, tmp_path / "out")
+    for cell in cells:
+        cell.notes.mkdir(parents=True)
+        cell.finish()
+    before = show(path, capsys)
+    seconds = [cell.training_seconds() for cell in cells]
+    shutil.rmtree(tmp_path / "out/runs")
+    assert show(path, capsys) == before
+    assert "51.0" in before
+    after = cells_of(path, tmp_path / "out")
+    assert all(cell.trained() and not cell.lacking() for cell in after)
+    assert [cell.training_seconds() for cell in after] == seconds
+    # Of another configuration it is no cell of the study.
+    path = study_file(tmp_path, comparisons=CLAIM, overrides=["data.workers=0", "train.steps=19"])
+    assert not any(cell.trained() for cell in cells_of(path, tmp_path / "out"))
+    assert "one-seed3 is left out: its run is not that of this file (train.steps" in show(
+        path, capsys
+    )

@@ -126,6 +126,7 @@ def test_killed_and_continued_makes_only_what_is_missing(tmp_path, launcher, sta
     assert steps == list(range(1, 21))
     assert pointer.read_text().strip() == "step_0000020"
     assert [line["what"] for line in first.usage()] == ["train", "zero_shot"]
+    assert first.finished()["parameters"] == first.parameters()
     assert [line["what"] for line in fourth.usage()] == ["train"]
 
     # Now nothing is left to do, and the report is whole.
