@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KINDS = {
     ("two_tower", None): ("models.two_tower", "TwoTower"),
     ("one_tower", "pixels"): ("models.pixel_tower", "PixelTower"),
+    ("reference", None): ("models.reference", "ReferenceModel"),
 }
 
 

@@ -138,6 +138,11 @@ def transfer(
     Categories of the two sets meet by name: one that only the training set has is a class of the
     detector, one that only the validation set has is refused.
     """
+    if run.reference:
+        raise ConfigError(
+            f"{run.name}: detection takes an image tower alone, and this model (kind reference) is "
+            "more"
+        )
     training = Instances(args.train, True)
     validation = Instances(args.val, False, training.class_names)
     image = ModelConfig.from_dict(run.cfg["model"]).image
