@@ -75,8 +75,17 @@ $(TITLES)/manifest.json: $(STAMP)
 	  --columns title=title --out $(TITLES)
 	$(BIN)/python data_prep/verify.py $(TITLES)
 
+# What configs/quickstart_raclip.yaml looks up: a shard that it is not trained on, as the towers of
+# the CLIP run see it.
+REFERENCE := data/quickstart_reference
+
+$(REFERENCE)/reference.json: | $(STAMP)
+	$(BIN)/torchrun --standalone --nproc_per_node $(RANKS) train.py --config configs/quickstart_clip.yaml
+	$(BIN)/python -m eval.reference --data $(OPENCLIPART)/shards/00000.tar \
+	  --encoder $(RUN)/clip --text-encoder $(RUN)/clip --output $(REFERENCE)
+
 # The report also where cells have failed; the exit code is that of the trainings.
-family: $(STAMP) $(TITLES)/manifest.json
+family: $(STAMP) $(TITLES)/manifest.json $(REFERENCE)/reference.json
 	@code=0; \
 	$(BIN)/python -m studies.run studies/family.yaml \
 	  --launcher "torchrun --standalone --nproc_per_node $(RANKS)" || code=$$?; \

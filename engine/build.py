@@ -19,6 +19,7 @@ from engine import (
     deepspeed_engine,
     identity,
     optim,
+    reference,
 )
 from engine.schedule import learning_rate
 from loaders import caption_recipes, choices, source_names, texts, tokenizers, views
@@ -68,7 +69,7 @@ class Plan:
         # Tars whose lines are several captions are not the data that they were as one caption.
         lines = {True: ", a caption a line", False: ""}
         data = {s.name: s.fingerprint + lines[bool(s.caption_lines)] for s in self.sources}
-        return identity.facts(cfg, data)
+        return identity.facts({**cfg, **reference.identity(cfg["model"])}, data)
 
     def rate(self, step: int) -> float:
         """Learning rate of the update number `step` (0-based)."""
@@ -144,6 +145,7 @@ def plan(cfg: DictConfig, world_size: int) -> Plan:
         for spec in config.specs(cfg.data[kind], f"data.{kind}")
     ]
     _check_sources(sources, cfg, method)
+    notes += reference.settle(cfg, sources)
     views_of_order = [Source(s.name, s.kind, s.shard_sizes) for s in sources]
     ratios = OmegaConf.to_container(cfg.data.ratios) if cfg.data.ratios else None
     streams = plan_streams(views_of_order, cfg.data.sampler, ratios)

@@ -41,7 +41,10 @@ def settle(cfg: DictConfig, layers: Sequence[Layer]) -> None:
             changed[key] = _specification(value, key, places)
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
             changed[key] = [_specification(item, key, places) for item in value]
-    changed["model"] = _at_home(cfg_values["model"])
+    changed["model"] = model = _at_home(cfg_values["model"])
+    if reference := model.get("reference"):
+        places = _places("model.reference.folder", layers)
+        reference["folder"] = _specification(reference["folder"], "model.reference.folder", places)
     for key, value in changed.items():
         section, _, name = key.rpartition(".")
         before = cfg_values[section][name] if section else cfg_values[name]

@@ -19,6 +19,7 @@ FREE = {
     "deepspeed": "the name of a file, whose content is compared key by key",
     "data.image_label": "the tars are compared by names, sizes and counts, wherever they lie",
     "data.image_text": "as data.image_label",
+    "model.reference.folder": "compared by its checksum, wherever it lies",
     "data.workers": "all randomness of a sample follows from seed, step and position",
     "data.max_bad_fraction": "when to give up",
     "train.accumulation": "the update is that of the whole batch",

@@ -16,6 +16,7 @@ KINDS = {
     ("two_tower", None): ("models.two_tower", "TwoTower"),
     ("one_tower", "transformer"): ("models.joint_tower", "JointTower"),
     ("one_tower", "pixels"): ("models.pixel_tower", "PixelTower"),
+    ("reference", None): ("models.reference", "ReferenceModel"),
 }
 
 

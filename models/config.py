@@ -17,7 +17,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INTERPOLATION = "bicubic"
 
 # Kind of model -> the texts that it can be built with (`model.text.name`).
-KINDS = {"two_tower": ("transformer", "hf"), "one_tower": ("transformer", "pixels")}
+KINDS = {
+    "two_tower": ("transformer", "hf"),
+    "one_tower": ("transformer", "pixels"),
+    "reference": ("transformer", "hf"),
+}
 SIMILARITIES = ("cosine", "late")
 TEXT_TOWERS = ("transformer", "hf", "pixels")
 RENDERED = "rendered"  # the tokenizer that draws a text (loaders.render)
@@ -157,6 +161,37 @@ class RegionsConfig(_Section):
 
 
 @dataclass(frozen=True)
+class ReferenceConfig(_Section):
+    """What a model of the kind `reference` looks up, and how (`models.reference`).
+
+    `folder` is a reference folder, made by `eval.reference`; `neighbours` of its pairs are looked
+    up for each image, and `heads` is the number of heads of the attention over them. `checksum` is
+    the folder's: a run writes the one that it is trained with into its own configuration, and
+    another folder is refused from then on. None takes the folder as it is.
+    """
+
+    folder: str
+    neighbours: int = 64
+    heads: int = 8
+    checksum: str | None = None
+
+    where = "model.reference"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `_Section.from_dict`, and ConfigError without a folder."""
+        if isinstance(values, Mapping):
+            _require(
+                isinstance(values.get("folder"), str),
+                f"{cls.where}.folder: give a reference folder, made by python -m eval.reference",
+            )
+        return super().from_dict(values)
+
+    def __post_init__(self) -> None:
+        self._require_positive("neighbours", "heads")
+
+
+@dataclass(frozen=True)
 class AugmentationConfig(_Section):
     """The part that is told what was done to an image (`models.augmentation`).
 
@@ -184,6 +219,7 @@ class ModelConfig(_Section):
     none. In `one_tower` with `text.name: transformer` words go through the blocks of the image
     trunk, whose width, layers and heads the text section repeats; `two_projections` gives images
     and texts one each (two towers always have that).
+    `reference` belongs to the kind of that name, and to no other.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
     (multiplier e), CLIP at ln(1/0.07) = 2.659260036932778. `logit_scale_min` and
@@ -202,6 +238,7 @@ class ModelConfig(_Section):
     regions: RegionsConfig | None = None
     augmentation: AugmentationConfig | None = None
     two_projections: bool = False
+    reference: ReferenceConfig | None = None
 
     where = "model"
 
@@ -219,6 +256,8 @@ class ModelConfig(_Section):
         if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
             section = AugmentationConfig.from_dict(self.augmentation)
             object.__setattr__(self, "augmentation", section)
+        if self.reference is not None and not isinstance(self.reference, ReferenceConfig):
+            object.__setattr__(self, "reference", ReferenceConfig.from_dict(self.reference))
         self._require_positive("embed_dim")
         for name, known in (("kind", tuple(KINDS)), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
@@ -230,6 +269,11 @@ class ModelConfig(_Section):
         )
         self._check_token_dim()
         self._check_joint()
+        _require(
+            (self.kind == "reference") == (self.reference is not None),
+            f"{self.where}.kind={self.kind}: model.reference is needed by kind: reference, and "
+            "belongs to no other",
+        )
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
             _require(
@@ -246,8 +290,8 @@ class ModelConfig(_Section):
         late = self.similarity == "late"
         _require(
             not late or self.kind == "two_tower",
-            f"{self.where}.similarity=late compares the tokens of two towers, and "
-            f"{self.where}.kind={self.kind} has none; use similarity: cosine",
+            f"{self.where}.similarity=late compares the tokens of kind: two_tower; with "
+            f"{self.where}.kind={self.kind} use similarity: cosine",
         )
         _require(
             not late or self.token_dim is not None,

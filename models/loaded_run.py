@@ -25,3 +25,9 @@ class LoadedRun:
     checkpoint_hash: str
     path: Path
     name: str
+
+    @property
+    def reference(self) -> str | None:
+        """Checksum of the reference folder that the model looks up; None for other kinds."""
+        reference = self.model.cfg.reference
+        return reference and reference.checksum

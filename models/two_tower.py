@@ -82,7 +82,7 @@ class TwoTower(Model):
         Raises:
             ValueError: `augmentation` is given to a model without `model.augmentation`.
         """
-        pooled, tokens = self.image(images.to(self.image_projection.weight.dtype))
+        pooled, tokens = self.pool(images.to(self.image_projection.weight.dtype))
         if self.augmentation is not None:
             told = self.augmentation(pooled, augmentation)
         elif augmentation is None:
@@ -118,6 +118,10 @@ class TwoTower(Model):
             "feature": F.normalize(self.image_projection(pooled).float(), dim=-1),
             "pooled": pooled,
         }
+
+    def pool(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`pooled` and `tokens` of `encode_image`."""
+        return self.image(images)
 
     def encode_text(self, input_ids: Tensor) -> dict[str, Tensor]:
         """As `Model.encode_text`."""

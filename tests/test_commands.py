@@ -74,6 +74,9 @@ def wrong_ones(folder):
             yield command, [*given, "--datasets", there], 3, f"{folder / 'run'}: no such file or"
     sets = ["--checkpoint", str(folder), "--val", "-", "--output", str(folder)]
     yield "eval.detection", [*sets, "--train", str(folder)], 3, "make the set with data_prep/coco"
+    encoders = ["--encoder", "x", "--text-encoder", str(folder), "--data", str(folder / "none")]
+    yield "eval.reference", [*encoders, "--output", str(folder)], 2, "name a new folder"
+    yield "eval.reference", [*encoders, "--output", str(folder / "new")], 3, "shards are missing"
     yield "eval.tables", [str(folder / "none")], 3, "holds no result rows"
     places = ["--results", str(folder / "none"), "--output", str(folder)]
     yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"

@@ -166,8 +166,9 @@ def test_head_comment_and_name(path):
     assert re.search(r"^# Published: ", head, flags=re.MULTILINE)
     content = yaml.safe_load(text)
     assert content["name"] == path.stem
-    # One rewrite a step is CLIP's loss; the method `laclip` takes all of them. CLIPPO is a model.
-    names = {"clip": ("clip_", "clippo_", "laclip_")}.get(
+    # One rewrite a step is CLIP's loss; the method `laclip` takes all of them. CLIPPO and
+    # RA-CLIP are models.
+    names = {"clip": ("clip_", "clippo_", "laclip_", "raclip_")}.get(
         content["loss"]["name"], content["loss"]["name"] + "_"
     )
     assert path.stem.startswith(names)

@@ -143,6 +143,8 @@ class Extractor:
             "transform": [split.resize, split.crop, split.mode, self.mean, self.std],
             "dataset": split.content_hash,
         }
+        if self.run.reference:
+            description["reference"] = self.run.reference
 
         def encode_batch(images: torch.Tensor) -> Features:
             return self.model.encode_image(views.normalize(images, self.mean, self.std))

@@ -56,6 +56,7 @@ def make_rows(run: LoadedRun, dataset: EvalDataset, task: str, outcome: Outcome)
         "prompt_digest": outcome.digest,
         "git_hash": rows.git_hash(),
         "training_git": training_git(run),
+        **({"reference": run.reference} if run.reference else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return [
