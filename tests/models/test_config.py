@@ -38,7 +38,7 @@ from models.config import ModelConfig
                 "similarity": "late",
                 "token_dim": 8,
             },
-            "model.kind=one_tower has none; use similarity: cosine",
+            "model.kind=one_tower use similarity: cosine",
         ),
         ({"similarity": "dot"}, r"model\.similarity must be one of \('cosine', 'late'\)"),
         (
