@@ -36,11 +36,18 @@ SMALL = {"hidden": 64, "projection": 32, "queue": 512, "keep_mib": 0}
 CLASSES, TOKENS, PIXELS = 100, 16, 64
 ENCODE = 64  # samples that features are made of
 OVERHEAD = {"declip": 1.15, "otter": 1.15, "uniclip": 1.15}
-# What a method's model needs beyond the small towers.
+# What a method's model has beyond the small towers, or in their place.
 MODELS = {
     "filip": {"similarity": "late", "token_dim": 64},
+    "oner": {
+        "kind": "one_tower",
+        "image": {
+            "name": "vit_tiny_patch16_224", "size": PIXELS,
+            "kwargs": {"patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 4},
+        },
+    },
     "uniclip": {"augmentation": {"width": 32, "hidden": 128}},
-}
+}  # fmt: skip
 ELSEWHERE = ("filip",)  # the methods whose memory is measured elsewhere
 
 

@@ -40,6 +40,14 @@ def mask_tokens(ids: Tensor, text: Tensor, seed: Tensor) -> tuple[Tensor, Tensor
     return torch.where(chosen & (how < BY_MASK + BY_OTHER), instead, ids), chosen
 
 
+def word_head(width: int, vocabulary: int) -> nn.Linear:
+    """From states (…, width) to logits of all ids, initialised as BERT's layers are."""
+    head = nn.Linear(width, vocabulary)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 def guessed(head: nn.Module, states: Tensor, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the chosen tokens, for which alone the vocabulary is computed.
 

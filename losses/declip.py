@@ -37,7 +37,7 @@ from losses._block import Walk
 from losses._core import normalisers, pair_losses
 from losses._gather import Gather
 from losses._heads import Mlp
-from losses._masking import CLIP_IDS, guessed, mask_tokens
+from losses._masking import CLIP_IDS, guessed, mask_tokens, word_head
 from losses._method import CoreOptions, Features, text_features
 from losses._method import Method as Base
 from losses._queue import Queue
@@ -120,9 +120,7 @@ class Method(Base):
         super().__init__(cfg, dims)
         self.projector = Mlp([dims["embed_dim"], *[cfg.hidden] * 3], last_norm=True)
         self.predictor = Mlp([cfg.hidden, cfg.bottleneck, cfg.hidden])
-        self.head = nn.Linear(dims["text_width"], dims["vocab_size"])
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = word_head(dims["text_width"], dims["vocab_size"])
         self.queue = Queue(cfg.queue, dims["embed_dim"])
 
     @classmethod

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # any text that `models.config.KINDS` lists for the kind.
 KINDS = {
     ("two_tower", None): ("models.two_tower", "TwoTower"),
+    ("one_tower", "transformer"): ("models.joint_tower", "JointTower"),
     ("one_tower", "pixels"): ("models.pixel_tower", "PixelTower"),
     ("reference", None): ("models.reference", "ReferenceModel"),
 }

@@ -19,7 +19,7 @@ INTERPOLATION = "bicubic"
 # Kind of model -> the texts that it can be built with (`model.text.name`).
 KINDS = {
     "two_tower": ("transformer", "hf"),
-    "one_tower": ("pixels",),
+    "one_tower": ("transformer", "pixels"),
     "reference": ("transformer", "hf"),
 }
 SIMILARITIES = ("cosine", "late")
@@ -94,10 +94,11 @@ class TextConfig(_Section):
     `pixels`: texts are drawn by `tokenizer: rendered` and read by the image tower.
 
     `width`, `layers`, `heads` and `vocab_size` describe the transformer; an `hf` tower takes them
-    from its own configuration. `hf_name` is a model name or folder; `hf_config` is a mapping with
-    `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights and
-    a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens that
-    are not padding. Of all keys `pixels` has `name` and `tokenizer` alone.
+    from its own configuration. In `kind: one_tower` (see `ModelConfig`) `transformer` is no tower
+    but words for the one there is. `hf_name` is a model name or folder; `hf_config` is a mapping
+    with `model_type`, for an encoder from scratch. `pretrained` chooses between the stored weights
+    and a fresh start for `hf_name`. `pooling` is the first token's state or the mean over tokens
+    that are not padding. Of all keys `pixels` has `name` and `tokenizer` alone.
     """
 
     name: str = "transformer"
@@ -215,7 +216,9 @@ class ModelConfig(_Section):
     compared wherever a model is used: by the cosine of their features, or token by token (`late`,
     FILIP's late interaction) by features of `token_dim` numbers for each of their tokens.
     `augmentation` is the part that is told what was done to an image; without it the model has
-    none.
+    none. In `one_tower` with `text.name: transformer` words go through the blocks of the image
+    trunk, whose width, layers and heads the text section repeats; `two_projections` gives images
+    and texts one each (two towers always have that).
     `reference` belongs to the kind of that name, and to no other.
 
     `logit_scale_init` is the stored, logarithmic value: UniCL's release starts at 1.0
@@ -234,6 +237,7 @@ class ModelConfig(_Section):
     token_dim: int | None = None
     regions: RegionsConfig | None = None
     augmentation: AugmentationConfig | None = None
+    two_projections: bool = False
     reference: ReferenceConfig | None = None
 
     where = "model"
@@ -264,6 +268,7 @@ class ModelConfig(_Section):
             + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
         )
         self._check_token_dim()
+        self._check_joint()
         _require(
             (self.kind == "reference") == (self.reference is not None),
             f"{self.where}.kind={self.kind}: model.reference is needed by kind: reference, and "
@@ -300,6 +305,24 @@ class ModelConfig(_Section):
         )
         if late:
             self._require_positive("token_dim")
+
+    def _check_joint(self) -> None:
+        """What is asked of words that go through the blocks of the image trunk."""
+        joint = (self.kind, self.text.name) == ("one_tower", "transformer")
+        _require(
+            self.kind != "one_tower" or self.augmentation is None,
+            f"{self.where}.augmentation is read by two towers; leave it out of one_tower",
+        )
+        _require(
+            not joint or self.text.tokenizer == "clip",
+            f"{self.where}.kind=one_tower tells words from padding by the end token of "
+            f"model.text.tokenizer=clip, the one it knows, got {self.text.tokenizer!r}",
+        )
+        _require(
+            joint or not self.two_projections,
+            f"{self.where}.two_projections belongs to kind: one_tower with text.name: transformer; "
+            "leave it out, two towers have a projection each",
+        )
 
     def without_pretrained(self) -> ModelConfig:
         """The same architecture without starting weights, for a checkpoint that replaces them."""

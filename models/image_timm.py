@@ -24,7 +24,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _create_trunk(cfg: ImageConfig) -> nn.Module:
+def create_trunk(cfg: ImageConfig) -> nn.Module:
+    """The timm model of the configuration without its classifier; ConfigError if there is none."""
     name, defaults = PRESETS.get(cfg.name, (cfg.name, {}))
     if not timm.is_model(name):
         close = timm.list_models(f"*{cfg.name.split('_')[0]}*")[:8]
@@ -76,7 +77,7 @@ class TimmTower(nn.Module):
 
     def __init__(self, cfg: ImageConfig) -> None:
         super().__init__()
-        self.trunk = _create_trunk(cfg)
+        self.trunk = create_trunk(cfg)
         lift_zero_dim(self.trunk)
         # Calling the trunk must run `forward_features`: ZeRO-3 gathers a module's own parameters
         # (class token, positions) in a hook on its call, which a plain method call would skip.

@@ -20,16 +20,23 @@ TEXT_TOWERS = {"transformer": TransformerTower, "hf": HuggingFaceTower}
 
 
 class ImageEncoder(nn.Module):
-    """An image tower and its projection, copied: (b, 3, H, W) -> (b, D) before unit length."""
+    """An image tower and its projection, copied: (b, 3, H, W) -> (b, D) before unit length.
 
-    def __init__(self, image: TimmTower, projection: nn.Linear) -> None:
+    Between them the head that is told what was done to an image, if there is one: nothing was.
+    """
+
+    def __init__(
+        self, image: TimmTower, projection: nn.Linear, told: AugmentationHead | None = None
+    ) -> None:
         super().__init__()
         self.image, self.projection = copy.deepcopy(image), copy.deepcopy(projection)
+        self.told = copy.deepcopy(told)
         # The copy's trunk must run its own method, not the one bound to the original.
         self.image.trunk.forward = self.image.trunk.forward_features
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.projection(self.image(images)[0])
+        pooled, _ = self.image(images)
+        return self.projection(pooled if self.told is None else self.told(pooled, None))
 
     def no_weight_decay(self) -> set[str]:
         """Names that do not decay, beside norms and biases."""
@@ -155,7 +162,7 @@ class TwoTower(Model):
 
     def image_encoder(self) -> nn.Module:
         """As `Model.image_encoder`."""
-        return ImageEncoder(self.image, self.image_projection)
+        return ImageEncoder(self.image, self.image_projection, self.augmentation)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in both towers: activations are recomputed in the backward."""

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import models
 from engine import build, config
 from loaders.errors import ConfigError
 
@@ -122,10 +123,18 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         "image_label": ["emoji_train"],
         "image_text": ["openclipart_train", "openclipart_test"],
     }
+    cfg = config.load(path)
+    trunk = (
+        "name: swin_tiny, size: 32, kwargs: {embed_dim: 16, depths: [1, 1], num_heads: [1, 2], "
+        "window_size: 4, pretrained: false}"
+    )
+    if cfg.model.get("kind") == "one_tower":  # whose words go through the blocks of a ViT
+        trunk = (
+            "name: vit_tiny_patch16_224, size: 32, kwargs: {embed_dim: 16, depth: 1, num_heads: 2}"
+        )
     changes = [
         "model.image.kwargs=null",
-        "model.image={name: swin_tiny, size: 32, kwargs: {embed_dim: 16, depths: [1, 1], "
-        "num_heads: [1, 2], window_size: 4, pretrained: false}}",
+        f"model.image={{{trunk}}}",
         "model.text={name: transformer, hf_name: null, hf_config: null, tokenizer: clip, "
         "vocab_size: 49409, width: 16, layers: 1, heads: 2}",
         "model.embed_dim=8",
@@ -133,7 +142,6 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         "train={global_batch: 8, accumulation: 1, epochs: null, steps: 2}",
         "optim={warmup_epochs: null, warmup_steps: 1}",
     ]
-    cfg = config.load(path)
     for side, sets in shipped.items():
         count = len(config.specs(cfg.data[side], side))
         names = ", ".join(f"data/quickstart/{name}" for name in sets[:count])
@@ -144,7 +152,8 @@ def test_data_model_and_method_fit_together(path, monkeypatch):
         changes += [f"data.caption.{view}.from=txt" for view in cfg.data.caption]
     plan = build.plan(config.load(path, changes), world_size=2)
     assert plan.steps == 2
-    assert "parameters: image tower" in build.describe_parts(plan)
+    first = next(iter(models.build(build.model_config(plan.cfg)).towers()))
+    assert f"parameters: {first}" in build.describe_parts(plan)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=names)

@@ -138,10 +138,10 @@ def transfer(
     Categories of the two sets meet by name: one that only the training set has is a class of the
     detector, one that only the validation set has is refused.
     """
-    if run.reference:
+    if (kind := run.model.cfg.kind) != "two_tower":
         raise ConfigError(
-            f"{run.name}: detection takes an image tower alone, and this model (kind reference) is "
-            "more"
+            f"{run.name}: detection takes an image tower with maps at several strides, which a "
+            f"model of kind {kind} has not; give a run with model.kind=two_tower"
         )
     training = Instances(args.train, True)
     validation = Instances(args.val, False, training.class_names)

@@ -35,7 +35,7 @@ def build(name):
     if name == EVERYTHING:
         method = everything.Method(everything.Method.Config(), tiny.DIMS)
     else:
-        method = small.build(name, tiny.DIMS)
+        method = small.build(name, tiny.dims(model))
     return deepspeed_engine.TrainModule(model, method).train()
 
 

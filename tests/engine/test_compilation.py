@@ -13,11 +13,12 @@ from tests.engine.test_step import Graph
 CPU = torch.device("cpu")
 
 
-def one_step(compiled):
+def one_step(name, compiled):
     """Loss, gradients and saved bytes: three micro-batches, one graph kept, random layers."""
     torch._dynamo.reset()
-    module = tiny.build(drop_path=0.5)
-    for part in module.model.image.modules():
+    module = tiny.build(name, drop_path=0.5)
+    drops = module.model.modules() if name == "oner" else module.model.image.modules()
+    for part in drops:
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.3
     if compiled:
@@ -36,12 +37,14 @@ def one_step(compiled):
 
 
 @pytest.mark.soak  # a minute of compiling
-def test_compiled_step_equals_the_plain_one():
-    loss, plain, size = one_step(compiled=False)
+@pytest.mark.parametrize("name", ["unicl", "oner"])  # two towers, and one
+def test_compiled_step_equals_the_plain_one(name):
+    loss, plain, size = one_step(name, compiled=False)
     counters = torch._dynamo.utils.counters
     counters.clear()
-    compiled_loss, compiled, compiled_size = one_step(compiled=True)
-    assert counters["stats"]["unique_graphs"] >= 4  # two towers, with and without gradient
+    compiled_loss, compiled, compiled_size = one_step(name, compiled=True)
+    # Images and texts, with and without gradient.
+    assert counters["stats"]["unique_graphs"] >= 4
     torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
     assert compiled.keys() == plain.keys()
     for name, gradient in plain.items():

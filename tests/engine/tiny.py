@@ -27,14 +27,17 @@ def model_settings(name):
     return {**MODEL, **small.MODELS.get(name, {})}
 
 
+def dims(model):
+    """The sizes that a method is told, of this model."""
+    return {**DIMS, "image_width": model.image_width, "text_width": model.text_width}
+
+
 def build(name="unicl", drop_path=0.0):
     torch.manual_seed(5)
     settings = model_settings(name)
-    settings["image"] = {**settings["image"]}
-    settings["image"]["kwargs"] = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
-    return deepspeed_engine.TrainModule(
-        models.build(settings), losses.build(name, {}, DIMS)
-    ).train()
+    kwargs = {**settings["image"]["kwargs"], "drop_path_rate": drop_path}
+    model = models.build({**settings, "image": {**settings["image"], "kwargs": kwargs}})
+    return deepspeed_engine.TrainModule(model, losses.build(name, {}, dims(model))).train()
 
 
 def make_batch(step, size, images=2, texts=1):

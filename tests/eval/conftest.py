@@ -64,6 +64,9 @@ def write_set(folder: Path, kind: str, samples: list[dict]) -> None:
     )
 
 
+ONE_TOWER = {"kind": "one_tower"}  # of MODEL: words go through the blocks of its image tower
+
+
 def write_run(folder: Path, seed: int, step: int = 7, **changes) -> Path:
     """Run folder with one checkpoint of a randomly initialised model, MODEL with `changes`."""
     torch.manual_seed(seed)

@@ -26,6 +26,7 @@ from loaders.errors import ConfigError, DataError
 from models import weights
 from models.config import ModelConfig
 from tests.data_prep.test_coco import run as run_coco_script
+from tests.eval import conftest
 
 EMOJI = REPOSITORY / "data/quickstart/emoji_twemoji"
 CATEGORIES = [
@@ -158,6 +159,12 @@ def test_other_trunks_are_refused():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="needs 4, 8, 16, 32"):
         mask_rcnn.detection_trunk(models.build(config).image, "vit")
+
+
+def test_a_run_of_one_tower_is_refused(tmp_path):
+    run = weights.load(conftest.write_run(tmp_path / "one", 0, **conftest.ONE_TOWER))
+    with pytest.raises(ConfigError, match="model of kind one_tower has not"):
+        transfer.transfer(None, run, None)
 
 
 def test_batch_norm_of_a_resnet_and_its_first_stage_stay_as_they_are():

@@ -16,7 +16,7 @@ from eval.tasks import evaluation
 from loaders import manifest, tokenizers, views
 from models import weights
 from tests import multiprocess
-from tests.eval.conftest import MODEL, NAMES, write_run
+from tests.eval.conftest import MODEL, NAMES, ONE_TOWER, write_run
 
 TASKS = {"zero_shot": zero_shot, "linear_probe": linear_probe, "retrieval": retrieval}
 ROW_KEYS = [
@@ -26,11 +26,19 @@ ROW_KEYS = [
 ]
 
 
-def command(task, world, output):
+@pytest.fixture(scope="module", params=["two_tower", "one_tower"])
+def run(request, world):
+    """Where in `world` a run of the kind is."""
+    if request.param == "one_tower":
+        write_run(world / "one/tiny", seed=0, **ONE_TOWER)
+    return {"two_tower": "runs/tiny", "one_tower": "one/tiny"}[request.param]
+
+
+def command(task, world, output, run="runs/tiny"):
     """Run `python -m eval.<task>` in this process."""
     arguments = [
         "--checkpoint",
-        str(world / "runs/tiny"),
+        str(world / run),
         "--datasets",
         "toys",
         "--output",
@@ -40,16 +48,16 @@ def command(task, world, output):
     TASKS[task].main(arguments, world / "registry.yaml")
 
 
-def evaluate(task, world, output):
+def evaluate(task, world, output, run="runs/tiny"):
     """Run the command and return its rows by metric."""
-    command(task, world, output)
+    command(task, world, output, run)
     lines = (output / f"tiny_{task}.jsonl").read_text().splitlines()
     return {row["metric"]: row for row in map(json.loads, lines)}
 
 
-def dense(world, folder, key):
+def dense(world, folder, key, run):
     """Image outputs in float64, all at once, without the code under test."""
-    model = weights.load_run(world / "runs/tiny").model.double()
+    model = weights.load_run(world / run).model.double()
     shards = manifest.open_shards(str(world / folder))
     transform = views.build_eval(32, 32)
     pixels = torch.stack(
@@ -62,22 +70,22 @@ def dense(world, folder, key):
     return output, np.array(shards.labels), [shards.read_text(i) for i in range(len(shards))]
 
 
-def dense_texts(world, texts):
-    model = weights.load_run(world / "runs/tiny").model.double()
+def dense_texts(world, texts, run):
+    model = weights.load_run(world / run).model.double()
     with torch.no_grad():
         ids = tokenizers.build("clip", MODEL["text"]["context_length"])(texts)
         return model.encode_text(ids)["feature"].double()
 
 
-def test_zero_shot_equals_a_dense_float64_computation(world, tmp_path):
-    got = evaluate("zero_shot", world, tmp_path)
-    images, labels, _ = dense(world, "drawn_test", "feature")
+def test_zero_shot_equals_a_dense_float64_computation(world, run, tmp_path):
+    got = evaluate("zero_shot", world, tmp_path, run)
+    images, labels, _ = dense(world, "drawn_test", "feature", run)
     images, labels = images[labels >= 0], labels[labels >= 0]
     presets = json.loads((REPOSITORY / "prompts/templates.json").read_text())
     classifier = []
     for name in NAMES[:3]:  # no sample of "planet": no candidate
         prompts = [t.replace("{}", name) for t in presets["clipart"]["templates"]]
-        classifier.append(F.normalize(dense_texts(world, prompts), dim=1).mean(dim=0))
+        classifier.append(F.normalize(dense_texts(world, prompts, run), dim=1).mean(dim=0))
     scores = images @ F.normalize(torch.stack(classifier), dim=1).T
     predicted = scores.argmax(dim=1).numpy()
     assert got["top1"]["value"] == pytest.approx(100 * np.mean(predicted == labels))
@@ -91,10 +99,10 @@ def test_zero_shot_equals_a_dense_float64_computation(world, tmp_path):
     assert row["ci95"][0] < row["value"] < row["ci95"][1]
 
 
-def test_linear_probe_equals_scikit_learns_optimum(world, tmp_path):
-    got = evaluate("linear_probe", world, tmp_path)
-    x, y, _ = dense(world, "drawn_train", "pooled")
-    x_test, y_test, _ = dense(world, "drawn_test", "pooled")
+def test_linear_probe_equals_scikit_learns_optimum(world, run, tmp_path):
+    got = evaluate("linear_probe", world, tmp_path, run)
+    x, y, _ = dense(world, "drawn_train", "pooled", run)
+    x_test, y_test, _ = dense(world, "drawn_test", "pooled", run)
     x, y, x_test, y_test = x[y >= 0].numpy(), y[y >= 0], x_test[y_test >= 0], y_test[y_test >= 0]
     mean, deviation = x.mean(axis=0), x.std(axis=0)
     protocol = got["top1"]["protocol"]
@@ -107,13 +115,13 @@ def test_linear_probe_equals_scikit_learns_optimum(world, tmp_path):
     assert got["mean_per_class"]["value"] == pytest.approx(expected)
 
 
-def test_retrieval_equals_brute_force(world, tmp_path):
-    got = evaluate("retrieval", world, tmp_path)
-    images, _, texts = dense(world, "drawn_test", "feature")
+def test_retrieval_equals_brute_force(world, run, tmp_path):
+    got = evaluate("retrieval", world, tmp_path, run)
+    images, _, texts = dense(world, "drawn_test", "feature", run)
     folded = [re.sub(r"\s+", " ", text).lower() for text in texts]
     distinct = list(dict.fromkeys(folded))
     assert len(distinct) < len(set(texts))  # case and spaces did differ
-    scores = (images @ dense_texts(world, distinct).T).numpy()
+    scores = (images @ dense_texts(world, distinct, run).T).numpy()
     own = np.array([[text == folded[i] for text in distinct] for i in range(len(texts))])
     for direction, s, positive in (
         ("image_to_text", scores, own),

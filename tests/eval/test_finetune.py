@@ -14,7 +14,7 @@ from eval.tasks import evaluation, features, finetune, zero_shot
 from eval.tasks.features import Extractor
 from loaders import views
 from models import weights
-from tests.eval.conftest import write_run
+from tests.eval.conftest import ONE_TOWER, write_run
 
 
 @pytest.fixture
@@ -86,17 +86,28 @@ def test_text_head_starts_as_the_zero_shot_classifier(emoji):
     assert digest == expected.digest
 
 
-def test_training_leaves_the_run_as_it_was(emoji, tmp_path):
-    run = weights.load(emoji.parent / "runs/tiny")
+TOLD = {"augmentation": {"width": 4, "hidden": 8}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, ONE_TOWER, TOLD], ids=["two_tower", "one_tower", "told of augmentation"]
+)
+def test_training_leaves_the_run_as_it_was(settings, tmp_path):
+    run = weights.load(write_run(tmp_path / "run", seed=0, **settings))
     model = finetune.Classifier(run.model, torch.zeros(28, run.model.embed_dim))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    names = dict(model.named_parameters()).keys()
+    assert model.no_weight_decay() <= names
+    images = torch.randn(4, 3, 32, 32)
+    encoded = run.model.encode_image(images)["projected"]
+    torch.testing.assert_close(model.encoder(images), encoded, rtol=0, atol=1e-5)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     model.head.weight.grad += 1
     optimizer.step()
     assert all(torch.equal(value, before[n]) for n, value in run.model.state_dict().items())
     graded = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert graded == {n for n, _ in model.named_parameters()}
+    assert graded == names
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

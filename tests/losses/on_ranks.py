@@ -76,6 +76,8 @@ def leaves_of(rows):
         "target": (0.3 * text + 0.7 * second)[rows],
         "original": text[rows], "chatgpt": second[rows], "bard": (text + second)[rows],
         "coco": (text - second)[rows], "human": (image + text)[rows],
+        "image_in_text": F.normalize(image + second, dim=1)[rows], "text_in_image": second[rows],
+        "both": F.normalize(image - second, dim=1)[rows],
         "global": image[rows], "local": second[rows], "regions": F.normalize(image - second)[rows],
         "summary": text[rows], "tags": F.normalize(text - second, dim=1)[rows],
         "scale": torch.full((len(image[rows]),), 12.0).double(),

@@ -14,11 +14,17 @@ OPTIONS = {
     "declip": {"queue": 20, "hidden": 24, "bottleneck": 8},
     # With a parameter of its own, which starts with large gradients.
     "otter": {"form": "released", "alpha": 0.8},
+    "oner": {"objectives": ["itc", "xmc", "cic", "cmc"]},
 }
 
 # What a method's model needs beyond the tiny one (tests/engine/tiny.py).
 MODELS = {
     "filip": {"similarity": "late", "token_dim": 6},
+    "oner": {
+        "kind": "one_tower",
+        "image": {"name": "vit_tiny_patch16_224", "size": 32,
+                  "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2}},
+    },
     "uniclip": {"augmentation": {"width": 6, "hidden": 10}},
     "pyramidclip": {
         "image": {"name": "vit_tiny_patch16_224", "size": 32,
