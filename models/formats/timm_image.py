@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_model_args, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models.config import INTERPOLATION
@@ -37,7 +37,8 @@ def save(run: LoadedRun, folder: Path) -> None:
 
 def architecture(trunk: nn.Module) -> tuple[str, dict[str, Any]]:
     """timm's name of a trunk and the arguments that build it, without dropout rates."""
-    return trunk.pretrained_cfg["architecture"], get_model_args(trunk)
+    # By its full name, because timm has it from 1.0.31 on, and only exports need it.
+    return trunk.pretrained_cfg["architecture"], timm.models.get_model_args(trunk)
 
 
 def data_config(run: LoadedRun) -> dict[str, Any]:
