@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-from loaders.errors import ConfigError
+from models.config_parts import (
+    AugmentationConfig,
+    ReferenceConfig,
+    RegionsConfig,
+    Section,
+    require,
+)
 
 # ImageNet's channel statistics, which UniCL and ELEVATER use (not CLIP's own).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,42 +33,8 @@ RENDERED = "rendered"  # the tokenizer that draws a text (loaders.render)
 HF_POOLINGS = ("first", "mean")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-class _Section:
-    """Shared reading of one configuration section; `where` names it in error messages."""
-
-    where = ""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build the section from a mapping.
-
-        Raises:
-            ConfigError: `values` is no mapping, or has a key that the section does not have.
-        """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.where}: expected a mapping of settings, got {values!r}")
-        known = [item.name for item in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {known}"
-                raise ConfigError(f"unknown key '{cls.where}.{key}': {hint}")
-        return cls(**values)
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            _require(ok, f"{self.where}.{name} must be a positive integer, got {value!r}")
-
-
 @dataclass(frozen=True)
-class ImageConfig(_Section):
+class ImageConfig(Section):
     """Image tower: a preset of `models.image_timm` or any timm name.
 
     `size` is the side of the square input in pixels, `kwargs` go to `timm.create_model`, and
@@ -79,17 +50,17 @@ class ImageConfig(_Section):
     where = "model.image"
 
     def __post_init__(self) -> None:
-        self._require_positive("size")
+        self.require_positive("size")
         for name in ("mean", "std"):
             value = getattr(self, name)
-            _require(len(value) == 3, f"{self.where}.{name} needs three numbers, got {value!r}")
+            require(len(value) == 3, f"{self.where}.{name} needs three numbers, got {value!r}")
             object.__setattr__(self, name, tuple(float(item) for item in value))
-        _require(min(self.std) > 0, f"{self.where}.std must be positive, got {self.std!r}")
+        require(min(self.std) > 0, f"{self.where}.std must be positive, got {self.std!r}")
         object.__setattr__(self, "kwargs", dict(self.kwargs or {}))
 
 
 @dataclass(frozen=True)
-class TextConfig(_Section):
+class TextConfig(Section):
     """Text tower: `transformer` (CLIP's, as UniCL uses it), `hf` (a Hugging Face encoder), or
     `pixels`: texts are drawn by `tokenizer: rendered` and read by the image tower.
 
@@ -116,100 +87,45 @@ class TextConfig(_Section):
     where = "model.text"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.name in TEXT_TOWERS,
             f"{self.where}.name must be one of {TEXT_TOWERS}, got {self.name!r} "
             "(for a Hugging Face model write name: hf and hf_name: ...)",
         )
-        _require(
+        require(
             (self.name == "pixels") == (self.tokenizer == RENDERED),
             f"{self.where}: name: {self.name} does not go with tokenizer: {self.tokenizer}; texts "
             f"as pictures have name: pixels and tokenizer: {RENDERED}, both",
         )
-        self._require_positive("width", "layers", "heads", "context_length", "vocab_size")
-        _require(
+        self.require_positive("width", "layers", "heads", "context_length", "vocab_size")
+        require(
             self.width % self.heads == 0,
             f"{self.where}.width ({self.width}) must be divisible by heads ({self.heads})",
         )
-        _require(
+        require(
             self.pooling in HF_POOLINGS,
             f"{self.where}.pooling must be one of {HF_POOLINGS}, got {self.pooling!r}",
         )
         sources = (self.hf_name is not None) + (self.hf_config is not None)
         if self.name == "hf":
-            _require(sources == 1, f"{self.where}: give exactly one of hf_name and hf_config")
+            require(sources == 1, f"{self.where}: give exactly one of hf_name and hf_config")
         else:
-            _require(sources == 0, f"{self.where}: hf_name and hf_config need name: hf")
+            require(sources == 0, f"{self.where}: hf_name and hf_config need name: hf")
+
+
+SECTIONS = {
+    "image": ImageConfig,
+    "text": TextConfig,
+    "regions": RegionsConfig,
+    "augmentation": AugmentationConfig,
+    "reference": ReferenceConfig,
+}
+# Sections that may be absent -> the kind of model that they belong to.
+PARTS = {"regions": "two_tower", "augmentation": "two_tower", "reference": "reference"}
 
 
 @dataclass(frozen=True)
-class RegionsConfig(_Section):
-    """Objects of an image, through the last blocks of a ViT (`models.regions`); for training only.
-
-    `width` is the length of a region's features, `count` the number of regions that an image is
-    padded or cut to, `blocks` how many of the trunk's last blocks they pass. Defaults: PyramidCLIP.
-    """
-
-    width: int = 2052
-    count: int = 10
-    blocks: int = 3
-
-    where = "model.regions"
-
-    def __post_init__(self) -> None:
-        self._require_positive("width", "count", "blocks")
-
-
-@dataclass(frozen=True)
-class ReferenceConfig(_Section):
-    """What a model of the kind `reference` looks up, and how (`models.reference`).
-
-    `folder` is a reference folder, made by `eval.reference`; `neighbours` of its pairs are looked
-    up for each image, and `heads` is the number of heads of the attention over them. `checksum` is
-    the folder's: a run writes the one that it is trained with into its own configuration, and
-    another folder is refused from then on. None takes the folder as it is.
-    """
-
-    folder: str
-    neighbours: int = 64
-    heads: int = 8
-    checksum: str | None = None
-
-    where = "model.reference"
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `_Section.from_dict`, and ConfigError without a folder."""
-        if isinstance(values, Mapping):
-            _require(
-                isinstance(values.get("folder"), str),
-                f"{cls.where}.folder: give a reference folder, made by python -m eval.reference",
-            )
-        return super().from_dict(values)
-
-    def __post_init__(self) -> None:
-        self._require_positive("neighbours", "heads")
-
-
-@dataclass(frozen=True)
-class AugmentationConfig(_Section):
-    """The part that is told what was done to an image (`models.augmentation`).
-
-    `width` is that of the encoder of an image view's parameters and of what it makes of them,
-    `hidden` that of the hidden layer which joins this with the image.
-    """
-
-    width: int = 256
-    hidden: int = 1024
-
-    where = "model.augmentation"
-
-    def __post_init__(self) -> None:
-        self._require_positive("width", "hidden")
-
-
-@dataclass(frozen=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The whole model.
 
     `kind` is what its encoders are (`models.build`), `similarity` how an image and a text are
@@ -243,82 +159,77 @@ class ModelConfig(_Section):
     where = "model"
 
     def __post_init__(self) -> None:
-        for name, section in (("image", ImageConfig), ("text", TextConfig)):
+        for name, section in SECTIONS.items():
             value = getattr(self, name)
-            if not isinstance(value, section):
+            missing = value is None and name in PARTS
+            if not missing and not isinstance(value, section):
                 object.__setattr__(self, name, section.from_dict(value))
-        if self.regions is not None and not isinstance(self.regions, RegionsConfig):
-            object.__setattr__(self, "regions", RegionsConfig.from_dict(self.regions))
-        _require(
-            self.regions is None or self.kind == "two_tower",
-            f"{self.where}.regions needs {self.where}.kind=two_tower, got {self.kind!r}",
-        )
-        if self.augmentation is not None and not isinstance(self.augmentation, AugmentationConfig):
-            section = AugmentationConfig.from_dict(self.augmentation)
-            object.__setattr__(self, "augmentation", section)
-        if self.reference is not None and not isinstance(self.reference, ReferenceConfig):
-            object.__setattr__(self, "reference", ReferenceConfig.from_dict(self.reference))
-        self._require_positive("embed_dim")
+        self.require_positive("embed_dim")
         for name, known in (("kind", tuple(KINDS)), ("similarity", SIMILARITIES)):
             value = getattr(self, name)
-            _require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
-        _require(
+            require(value in known, f"{self.where}.{name} must be one of {known}, got {value!r}")
+        require(
             self.text.name in KINDS[self.kind],
             f"{self.where}.kind={self.kind} does not go with model.text.name={self.text.name}; "
             + ", ".join(f"{kind} takes {' or '.join(names)}" for kind, names in KINDS.items()),
         )
+        self._check_parts()
         self._check_token_dim()
         self._check_joint()
-        _require(
-            (self.kind == "reference") == (self.reference is not None),
-            f"{self.where}.kind={self.kind}: model.reference is needed by kind: reference, and "
-            "belongs to no other",
-        )
         for name in ("logit_scale_min", "logit_scale_max"):
             bound = getattr(self, name)
-            _require(
+            require(
                 bound is None or bound > 0,
                 f"{self.where}.{name} must be positive or null, got {bound!r}",
             )
         low, high = self.logit_scale_min, self.logit_scale_max
-        _require(
+        require(
             low is None or high is None or low < high,
             f"{self.where}.logit_scale_min={low!r} must be less than logit_scale_max={high!r}",
         )
 
+    def _check_parts(self) -> None:
+        for name, kind in PARTS.items():
+            require(
+                getattr(self, name) is None or self.kind == kind,
+                f"{self.where}.{name} belongs to {self.where}.kind={kind}, and this is "
+                f"{self.kind!r}; leave it out",
+            )
+        require(
+            self.kind != "reference" or self.reference is not None,
+            f"{self.where}.kind=reference needs model.reference={{folder: DIR}}, a folder made by "
+            "python -m eval.reference",
+        )
+
     def _check_token_dim(self) -> None:
         late = self.similarity == "late"
-        _require(
+        require(
             not late or self.kind == "two_tower",
             f"{self.where}.similarity=late compares the tokens of kind: two_tower; with "
             f"{self.where}.kind={self.kind} use similarity: cosine",
         )
-        _require(
+        require(
             not late or self.token_dim is not None,
             f"{self.where}.similarity=late needs {self.where}.token_dim, the width of the features "
             "of the tokens (256 in FILIP)",
         )
-        _require(
+        require(
             late or self.token_dim is None,
             f"{self.where}.token_dim={self.token_dim!r} belongs to {self.where}.similarity=late; "
             f"with {self.similarity} no token is compared, so leave it out",
         )
         if late:
-            self._require_positive("token_dim")
+            self.require_positive("token_dim")
 
     def _check_joint(self) -> None:
         """What is asked of words that go through the blocks of the image trunk."""
         joint = (self.kind, self.text.name) == ("one_tower", "transformer")
-        _require(
-            self.kind != "one_tower" or self.augmentation is None,
-            f"{self.where}.augmentation is read by two towers; leave it out of one_tower",
-        )
-        _require(
+        require(
             not joint or self.text.tokenizer == "clip",
             f"{self.where}.kind=one_tower tells words from padding by the end token of "
             f"model.text.tokenizer=clip, the one it knows, got {self.text.tokenizer!r}",
         )
-        _require(
+        require(
             joint or not self.two_projections,
             f"{self.where}.two_projections belongs to kind: one_tower with text.name: transformer; "
             "leave it out, two towers have a projection each",
