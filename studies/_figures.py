@@ -62,6 +62,38 @@ def draw_differences(report: Report, path: Path) -> None:
     figures.save(figure, path)
 
 
+def draw_costs(report: Report, path: Path) -> None:
+    """A panel for each measure: CPU minutes of a training against the mean, arms as numbers."""
+    minutes = {
+        arm: cost.samples / cost.samples_per_cpu_second / 60
+        for arm, cost in report.costs.items()
+        if cost.samples_per_cpu_second
+    }
+    names, keys = list(report.measures), -(-len(minutes) // 2)
+    inches = (WIDTH, 2.3 * len(names) + 0.16 * keys + 0.4)
+    figure, axes = figures.new_figure(len(names), 1, inches)
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        for number, (arm, cost) in enumerate(minutes.items(), 1):
+            if (mean := report.mean(arm, name)) is not None:
+                half = mean.half or 0
+                axis.errorbar(cost, mean.mean, yerr=half, color=GREY, elinewidth=0.8, capsize=2)
+                axis.text(
+                    cost, mean.mean, str(number), color=BLUE, fontsize=8, ha="center", va="center",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                )  # fmt: skip
+        axis.margins(0.08, 0.12)
+        axis.tick_params(labelsize=8)
+        title = _statistics.label(name, report.measures[name])
+        axis.set_title(figures.wrapped(title, 58, 2), fontsize=8.5, loc="left")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("CPU minutes of a training; bar: 95 % interval over seeds", fontsize=8)
+    lines = [f"{n} {_short(report.label(arm), 24)}" for n, arm in enumerate(minutes, 1)]
+    for place, part in enumerate((lines[:keys], lines[keys:])):
+        figure.text(0.06 + 0.5 * place, -0.01, "\n".join(part), fontsize=7.5, va="top")
+    figures.save(figure, path)
+
+
 def _short(text: str, length: int) -> str:
     text = figures.printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,8 +1,8 @@
 """Tables and pictures of a study: `python -m studies.report studies/family.yaml`.
 
-Writes OUT/report/{table.md, index.html, measures.png, differences.png} from what is there and
-prints the tables. A cell that is missing is empty, with the command that makes it. A difference
-whose 95 % interval holds zero is "not shown"; that is never "equal".
+Writes OUT/report/{table.md, index.html, measures.png, costs.png, differences.png} from what is
+there and prints the tables. A cell that is missing is empty, with the command that makes it. A
+difference whose 95 % interval holds zero is "not shown"; that is never "equal".
 """
 
 import base64
@@ -85,6 +85,7 @@ def draw(report, folder: Path) -> None:
     body = _tables.html_body(report)
     for name, call, there in (
         ("measures", _figures.draw_measures, bool(report.values)),
+        ("costs", _figures.draw_costs, bool(report.values) and _costs_known(report)),
         ("differences", _figures.draw_differences, any(d.mean for d in report.differences)),
     ):
         path = folder / f"{name}.png"
@@ -96,6 +97,10 @@ def draw(report, folder: Path) -> None:
             body += f'<p><img alt="{name}" style="{style}" src="data:image/png;base64,{data}"></p>'
     page = render.page(report.study.name, body)
     (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def _costs_known(report) -> bool:
+    return any(cost.samples_per_cpu_second for cost in report.costs.values())
 
 
 if __name__ == "__main__":

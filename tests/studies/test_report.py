@@ -176,8 +176,13 @@ def test_costs_come_from_the_folders(tmp_path):
 
 def test_pictures_fit_500_pixels(tmp_path, capsys):
     values = {(arm, seed): 40 + seed for arm in ("one", "two") for seed in (3, 5)}
-    show(filled(tmp_path, values), capsys)
-    for name in ("measures", "differences"):
+    path = filled(tmp_path, values)
+    for cell in cells_of(path, tmp_path / "out"):
+        cell.notes.mkdir(parents=True)
+        life = {"what": "train", "from_step": 0, "to_step": 20, "cpu_seconds": 9 + cell.seed}
+        (cell.notes / "usage.jsonl").write_text(json.dumps({**life, "peak_bytes": 7}) + "\n")
+    show(path, capsys)
+    for name in ("measures", "costs", "differences"):
         with Image.open(tmp_path / f"out/report/{name}.png") as image:
             assert image.width <= 500
             assert len(image.convert("RGB").getcolors(1 << 20)) > 5
