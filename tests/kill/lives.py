@@ -25,7 +25,7 @@ from tests.multiprocess import fork_server, free_port
 RANKS = 2
 KEEP = 2
 SAVE = 3
-EVALUATE = 6
+EVALUATE = 12
 STEPS = 33
 IMAGES = 150  # of the set that is evaluated: more than one batch on each rank, the last not full
 # With a shorter time-out a surviving rank waits less until it reads the others' notes twice.

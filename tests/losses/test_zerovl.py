@@ -118,7 +118,6 @@ class Simple(torch.nn.Module):
         super().__init__()
         tokens = types.SimpleNamespace(name="transformer", tokenizer="clip", vocab_size=49409)
         self.cfg = types.SimpleNamespace(text=tokens)
-        self.text = types.SimpleNamespace(mask=lambda ids: torch.ones_like(ids).bool())
         self.texts = texts
 
     def encode_image(self, images):
@@ -126,6 +125,9 @@ class Simple(torch.nn.Module):
 
     def encode_text(self, ids):
         return {"projected": self.texts}
+
+    def text_mask(self, ids):
+        return torch.ones_like(ids).bool()
 
     def scale(self):
         return double([2.0])
