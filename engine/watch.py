@@ -53,6 +53,7 @@ class Watch:
         self.patience = min(10.0, self.limit / 4)  # seconds to wait for the store's answer
         self.place = Place(0, 0, "starting", True, time.monotonic())
         self.ended: str | None = None
+        self.came = False  # a collective operation failed under this rank, which had come to it
         self.beat = 0
         self.main = threading.main_thread().ident
         self.over = threading.Event()
@@ -92,6 +93,7 @@ class Watch:
         lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if dist.world_size() == 1 or not lost:
             return None
+        self.came = True
         return LostRank(
             f"{self._own()}: a collective operation failed ({dist.first_line(error)}): "
             f"{self.report().words}. The last good checkpoint is kept; the same command continues"
@@ -112,6 +114,7 @@ class Watch:
             "seconds": round(time.monotonic() - place.since, 1), "ended": self.ended,
             **_line_of(self.main),
         }  # fmt: skip
+        note["collective"] |= self.came
         self.store.set(f"watch/{dist.rank()}", json.dumps(note))
 
     def _keep_writing(self) -> None:

@@ -260,7 +260,7 @@ def test_what_the_model_says_of_its_reference(folder, tmp_path, monkeypatch):
         ({"folder": "nowhere"}, DataError, r"folder=nowhere: no reference folder there"),
         ({"folder": None}, ConfigError, r"model\.reference\.folder: give a reference folder"),
         ({"encoder": "x"}, ConfigError, r"unknown key 'model\.reference\.encoder'"),
-        ({"kind": "two_tower"}, ConfigError, r"kind=two_tower: model\.reference is needed by"),
+        ({"kind": "two_tower"}, ConfigError, r"model\.reference belongs to model\.kind=reference"),
     ],
 )
 def test_refusals(folder, settings, error, words):
@@ -269,7 +269,7 @@ def test_refusals(folder, settings, error, words):
 
 
 def test_a_kind_without_its_section_is_refused():
-    with pytest.raises(ConfigError, match=r"kind=reference: model\.reference is needed"):
+    with pytest.raises(ConfigError, match=r"kind=reference needs model\.reference"):
         models.build({"kind": "reference"})
 
 
