@@ -68,12 +68,19 @@ def test_a_dozen_shapes_in_300_steps_of_the_quickstart(monkeypatch):
     cfg = config.load("configs/quickstart_unicl.yaml", [])
     plan = build.plan(cfg, 1)
     tokenizer = tokenizers.build("clip", cfg.model.text.context_length)
+    known = {}
+
+    def remembered(texts):  # a text comes up some fifteen times
+        new = list({*texts} - known.keys())
+        known.update(zip(new, tokenizer(new), strict=True))
+        return torch.stack([known[text] for text in texts])
+
     dataset = TripletDataset(
         plan.sources,
         plan.labels,
         views=[lambda picture: torch.zeros(3, 1, 1, dtype=torch.uint8)],
         texts=TextOptions(load_templates(cfg.data.templates)),
-        tokenizer=tokenizer,
+        tokenizer=remembered,
         seed=cfg.seed,
         decode=lambda data: None,
     )
