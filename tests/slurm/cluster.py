@@ -239,6 +239,8 @@ class Cluster:
             return self.states(job) == {"PENDING"}
 
         self.wait(requeued, f"job {job} to be requeued")
+        # slurmd revokes the credential of the life before, and takes none of the same second.
+        time.sleep(1.5)
         self.run("scontrol", "update", f"JobId={job}", *changes, "StartTime=now")
 
 
