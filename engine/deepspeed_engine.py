@@ -98,16 +98,7 @@ def resolve(
             f"train.global_batch={batch} is not divisible by {world_size} ranks x "
             f"train.accumulation={pieces}; use a multiple of {world_size * pieces}"
         )
-    for section in ("optimizer", "scheduler"):
-        if section in ds:
-            raise ConfigError(
-                f"{path}: '{section}' is decided by the run's configuration (optim.*); remove it"
-            )
-    if "gradient_clipping" not in ds:
-        raise ConfigError(
-            f"{path}: 'gradient_clipping' is missing and DeepSpeed would silently clip at 1.0; "
-            'write "gradient_clipping": "auto" to take optim.grad_clip_norm'
-        )
+    _refuse_decided(ds, path)
     derived = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch // (world_size * pieces),
@@ -136,6 +127,20 @@ def resolve(
         )
     ds.setdefault("steps_per_print", 10**9)
     return ds
+
+
+def _refuse_decided(ds: dict[str, Any], path: str) -> None:
+    """ConfigError for what is decided elsewhere, or would be decided in silence."""
+    for section in ("optimizer", "scheduler"):
+        if section in ds:
+            raise ConfigError(
+                f"{path}: '{section}' is decided by the run's configuration (optim.*); remove it"
+            )
+    if "gradient_clipping" not in ds:
+        raise ConfigError(
+            f"{path}: 'gradient_clipping' is missing and DeepSpeed would silently clip at 1.0; "
+            'write "gradient_clipping": "auto" to take optim.grad_clip_norm'
+        )
 
 
 def additions(before: dict[str, Any], ds: dict[str, Any]) -> list[str]:
