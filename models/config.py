@@ -21,11 +21,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Of the evaluation transform (loaders.views.build_eval), which every export describes.
 INTERPOLATION = "bicubic"
 
-# Kind of model -> the texts that it can be built with (`model.text.name`).
+# Kind of model -> the texts that it can be built with (`model.text.name`) -> its class, which
+# `models.build` imports.
+_TWO, _REFERENCE = "models.two_tower:TwoTower", "models.reference:ReferenceModel"
 KINDS = {
-    "two_tower": ("transformer", "hf"),
-    "one_tower": ("transformer", "pixels"),
-    "reference": ("transformer", "hf"),
+    "two_tower": {"transformer": _TWO, "hf": _TWO},
+    "one_tower": {
+        "transformer": "models.joint_tower:JointTower",
+        "pixels": "models.pixel_tower:PixelTower",
+    },
+    "reference": {"transformer": _REFERENCE, "hf": _REFERENCE},
 }
 SIMILARITIES = ("cosine", "late")
 TEXT_TOWERS = ("transformer", "hf", "pixels")

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 import losses
+from losses._gather import Gather
 
 # Of the options that make a method large; the others keep their defaults.
 OPTIONS = {
@@ -40,3 +41,13 @@ def build(name, dims, **options):
     given = {key: value for key, value in options.items() if key in known}
     torch.manual_seed(3)  # heads
     return losses.build(name, {**OPTIONS.get(name, {}), **given}, dims)
+
+
+def leaves(features):
+    """Copies of the features that collect gradients."""
+    return {name: value.clone().requires_grad_() for name, value in features.items()}
+
+
+def run(method, features):
+    """What a method returns of the features of one process, labels aside."""
+    return method(features, torch.zeros(len(features["scale"]), dtype=torch.int64), Gather())

@@ -13,6 +13,7 @@ from loaders.errors import ConfigError
 from losses._gather import Gather
 from losses.alip import GATES, gate_weights
 from tests.losses import virtual
+from tests.losses.small import leaves
 
 NAMES = ("image", "caption", "synthetic")
 
@@ -122,10 +123,6 @@ def case(seed):
         "momentum": rng.choice([0.0, 0.5, 0.99]),
     }  # fmt: skip
     return features, [rng.uniform(-0.5, 1) for _ in GATES], options
-
-
-def leaves(features):
-    return {name: value.clone().requires_grad_() for name, value in features.items()}
 
 
 @pytest.mark.parametrize("block", range(6))

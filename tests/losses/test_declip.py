@@ -15,6 +15,7 @@ from losses._gather import Gather
 from losses.declip import simsiam
 from models.config import ModelConfig
 from tests.losses import dense, virtual
+from tests.losses.small import leaves, run
 
 DIMS = {"embed_dim": 6, "image_width": 6, "text_width": 6, "num_classes": 5, "vocab_size": 11}
 SMALL = {"queue": 12, "hidden": 7, "bottleneck": 5}
@@ -61,15 +62,6 @@ def case(seed, rows=None):
     features["masked_sum"] = torch.rand(size[0]).double() * features["masked_count"]
     features["scale"] = torch.full(size[:1], rng.choice([1.0, 14.3, 100.0])).double()
     return features
-
-
-def leaves(features):
-    return {name: value.clone().requires_grad_() for name, value in features.items()}
-
-
-def run(method, features):
-    labels = torch.zeros(len(features["scale"]), dtype=torch.int64)
-    return method(features, labels, Gather())
 
 
 def total(out):

@@ -16,6 +16,7 @@ from losses._method import loss_terms
 from models.config import ModelConfig
 from tests.engine import tiny
 from tests.losses import dense
+from tests.losses.small import leaves, run
 from tests.losses.test_no_waiting import NoOperatorWaits, NoTensorIsRead
 
 ALL = list(oner.OBJECTIVES)
@@ -44,14 +45,6 @@ def case(seed):
     features["masked_sum"] = torch.rand(size[0]).double() * features["masked_count"]
     features["scale"] = torch.full(size[:1], rng.choice([1.0, 14.3, 100.0])).double()
     return features
-
-
-def leaves(features):
-    return {name: value.clone().requires_grad_() for name, value in features.items()}
-
-
-def run(method, features):
-    return method(features, torch.zeros(len(features["scale"])).long(), Gather())
 
 
 def clip(first, second, scale):

@@ -17,6 +17,7 @@ from losses.pyramidclip import softened
 from models.config import ModelConfig
 from tests.engine import tiny
 from tests.losses import small
+from tests.losses.small import leaves
 
 IMAGES, TEXTS = ("global", "local", "regions"), ("summary", "caption", "tags")
 # Unit vectors with rational entries, and the cosines of all pairs of them.
@@ -67,10 +68,6 @@ def case(seed):
     options = {"softening": softening, "targets": targets, "objects": seed % 3 > 0}
     options |= {"global_weight": far, "local_weight": near, "keep_mib": rng.choice([0, 64])}
     return leaves(features), options
-
-
-def leaves(features):
-    return {name: value.clone().requires_grad_() for name, value in features.items()}
 
 
 def build(**options):

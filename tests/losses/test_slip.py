@@ -15,6 +15,7 @@ from losses._gather import Gather
 from tests import multiprocess
 from tests.engine import tiny
 from tests.losses import dense
+from tests.losses.small import leaves
 
 DIMS = {"embed_dim": 6, "image_width": 6, "text_width": 6, "num_classes": 5}
 HEAD = {"hidden": 7, "projection": 4}
@@ -47,10 +48,6 @@ def build(weight=1.0, temperature=0.1, head=None):
 
 def gradients(total, leaves):
     return torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-
-
-def leaves(features):
-    return {name: value.clone().requires_grad_() for name, value in features.items()}
 
 
 def test_worked_value():
