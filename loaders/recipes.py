@@ -77,8 +77,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "moco_v3_second": Recipe(**_MOCO_V3, blur=0.1, solarize=0.2),
         # Both views of DeCLIP (Sense-GVT/DeCLIP, imagenet_dataloader.py), which are MoCo v2's.
         "declip": Recipe(scale=(0.2, 1.0), **_SLIP),
-        # SupCon on CIFAR (HobbitLong/SupContrast, main_supcon.py), and the view of its cross-entropy
-        # and of its linear classifier (main_ce.py): the same crop without the colours.
+        # SupCon on CIFAR (HobbitLong/SupContrast, main_supcon.py), and the view of cross-entropy
+        # beside it and of linear classifiers (main_ce.py): the same crop without the colours.
         "supcon": Recipe(**_SUPCON, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2),
         "supcon_weak": Recipe(**_SUPCON),
         # UniCLIP (arXiv 2209.13430) tells the model what was done; its strengths could not be
