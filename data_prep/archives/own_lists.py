@@ -5,6 +5,7 @@ relative to a folder, the list's own unless another is named, and backslashes in
 `/`. What cannot be used, files that are not there among it, goes to rejected.tsv with the reason.
 """
 
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from loaders.errors import ConfigError, DataError
 
 LOCAL = ("file",)
 BROKEN_LINES = "captions with a line break, now a blank"
+_CHECKED_ROWS = 1000
 _ADDRESS = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -79,17 +81,21 @@ class OwnList:
 
     @cached_property
     def is_local(self) -> bool:
-        """Whether the images are files, by the first row that names one."""
-        for _, row, _ in self._rows(show=False):
-            if isinstance(cell := row[self.columns.image], str) and cell.strip():
-                return not _is_web(cell)
+        """Whether the images are files, by the majority of the first thousand rows with one."""
+        web, cells = 0, 0
+        for _, row, _ in itertools.islice(self._rows(show=False), _CHECKED_ROWS):
+            cell = row[self.columns.image]
             if cell is not None and not isinstance(cell, str):
                 raise DataError(
                     f"{self.what}: column {self.columns.image} holds {type(cell).__name__}, not "
                     "paths or addresses; a set with the images inside of it is read by "
                     "data_prep/own.py huggingface"
                 )
-        raise DataError(f"{self.what}: no row has an image in column {self.columns.image}")
+            if cell and cell.strip():
+                web, cells = web + _is_web(cell), cells + 1
+        if not cells:
+            raise DataError(f"{self.what}: no row has an image in column {self.columns.image}")
+        return 2 * web < cells
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ class OwnList:
             try:
                 if limit is not None and not self._is_wanted(row, limit):
                     continue
-                image = self._image(row, number, path)
+                image = self._image(row, path)
                 self._need_file(image)
                 captions = self._captions(row, notes)
                 label = () if self.columns.label is None else (number_of[self._key(row)],)
@@ -136,9 +142,9 @@ class OwnList:
         keys, hashes = set(), array("Q")
         if self.columns.label is None and self.side is None:
             return {}, None
-        for number, row, path in self._rows():
+        for _, row, path in self._rows():
             try:
-                self._image(row, number, path)
+                self._image(row, path)
                 if self.columns.label is not None:
                     keys.add(self._key(row))
                 if self.side is not None:
@@ -175,25 +181,20 @@ class OwnList:
     def _roots(self) -> dict[Path, Path]:
         return {path: (self.root or path.parent).resolve() for path in self.files}
 
-    def _image(self, row: dict, number: int, path: Path) -> str:
-        """Address of the image of a row, of a file as a file: address.
-
-        Raises `ValueError` with the reason if there is none, `DataError` for the other kind than
-        the first row has.
-        """
+    def _image(self, row: dict, path: Path) -> str:
+        """Address of the image of a row, of a file as a file: address; `ValueError` with the
+        reason if there is none, or one of the other kind than the list has."""
         cell = row[self.columns.image]
         if not isinstance(cell, str) or not cell.strip():
             raise ValueError("no image")
+        if _ADDRESS.match(cell) and not _is_web(cell):
+            raise ValueError("scheme is not http or https")
         if _is_web(cell) == self.is_local:
-            kinds = ("an address", "a path") if self.is_local else ("a path", "an address")
-            raise DataError(
-                f"{path}, line {number + 1}: {cell[:200]!r} is {kinds[0]}, but the image of the "
-                f"first row is {kinds[1]}; make two lists and two sets, and train on both"
+            raise ValueError(
+                "address in a list of files" if self.is_local else "file in a list of addresses"
             )
         if not self.is_local:
             return cell
-        if _ADDRESS.match(cell):
-            raise ValueError("scheme is not http or https")
         return (self._roots[path] / cell.strip().replace("\\", "/")).as_uri()
 
     def _need_file(self, address: str) -> None:
