@@ -199,7 +199,7 @@ def test_parts_and_restarts_give_the_bytes_of_one_run(tmp_path, monkeypatch, cap
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "E/shards").iterdir()} == before
     capsys.readouterr()
     put(tmp_path / "in/cat/new.jpg", picture(77))
-    with pytest.raises(DataError, match="holds another set .*images_sha256: other images"):
+    with pytest.raises(DataError, match=r"holds another set .*images_sha256: other images"):
         run(monkeypatch, *words, "--out", tmp_path / "E")
 
 

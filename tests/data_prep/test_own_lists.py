@@ -68,7 +68,7 @@ def test_every_format_gives_images_captions_and_labels(tmp_path, monkeypatch, en
     assert shards.kind == "image_label"
     assert [entry.names for entry in shards.classes] == [("ox",), ("tabby cat",)]
     found = sources(shards)
-    assert list(sorted(found)) == ["2 ü%20.png", "a/1.jpg", "b/3.bmp"]
+    assert sorted(found) == ["2 ü%20.png", "a/1.jpg", "b/3.bmp"]
     order = [found[name] for name in ("a/1.jpg", "2 ü%20.png", "b/3.bmp")]
     captions = [text.replace("\t", " ") if end == "tsv" else text for text in CAPTIONS]
     assert [shards.read_text(i) for i in order] == captions
@@ -186,7 +186,7 @@ def test_lists_that_make_no_set(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--group-column is about --validation"):
         run(monkeypatch, "list", path, *FLAGS, *out, "--group-column", "kind")
     pq.write_table(pa.table({"file": [{"bytes": b"x"}], "words": ["a"]}), tmp_path / "i.parquet")
-    with pytest.raises(DataError, match="holds dict, not paths .*own.py huggingface"):
+    with pytest.raises(DataError, match=r"holds dict, not paths .*own\.py huggingface"):
         run(monkeypatch, "list", tmp_path / "i.parquet", *FLAGS, *out)
     assert not (tmp_path / "D/run.yaml").exists()
 
@@ -210,12 +210,10 @@ def test_parts_and_a_restart_give_the_bytes_of_one_run(tmp_path, monkeypatch):
             *words[-5:],
             tmp_path / "E",
         )
-    (tmp_path / "D/shards/00001_stats.json").unlink()  # of a kill
-    names = tmp_path / "x/3.jpg"
-    names.unlink()
+    for stats in (tmp_path / "D/shards").glob("*_stats.json"):
+        stats.unlink()  # what a kill may leave
+    (tmp_path / "x/3.jpg").unlink()
     with pytest.raises(DataError, match=r"x/3\.jpg: No such file .* it was there when"):
-        for number in range(3):
-            (tmp_path / f"D/shards/0000{number}_stats.json").unlink(missing_ok=True)
         run(monkeypatch, *words, tmp_path / "D")
 
 
@@ -281,13 +279,18 @@ def test_addresses_go_through_the_download_wrapper(fetched):
     home, requests = fetched
     out = home / "D"
     assert requests["/jpeg/1.jpg"] == requests["/missing.jpg"] == 1
-    what = [(row["label"], row["status"] == "success") for row in rows(out)]
+    in_order = sorted(rows(out), key=lambda row: row["row"])
+    assert [row["row"] for row in in_order] == [2, 3, 4, 5, 6]  # lines from 0, a header among them
+    what = [(row["label"], row["status"] == "success") for row in in_order]
     assert what == [(1, True), (1, False), (0, True), (0, False), (1, True)]
     shards = opened(out)
     assert (shards.kind, [entry.names for entry in shards.classes]) == (
         "image_label", [("a",), ("b",)],
     )  # fmt: skip
-    assert shards.labels.tolist() == [1, 0, 1]
+    names = [shards.read_json(i)["url"].rpartition("/")[2] for i in range(3)]
+    assert dict(zip(names, shards.labels.tolist(), strict=True)) == {
+        "0.jpg": 1, "1.jpg": 0, "2.jpg": 1,
+    }  # fmt: skip
     assert [shards.read_text(i) for i in range(3)] == [None] * 3
     about = manifest(out)
     assert about["tool"] == "data_prep/own.py"
