@@ -52,8 +52,9 @@ def index(source: Path) -> Images:
     """`open_class_folders` without keeping anything."""
     passed: Counter = Counter()
     others: list[str] = []
-    walked = (folder for folder in _walk(source, "", frozenset(), passed, others) if folder[2])
-    folders = sorted(walked, key=lambda folder: os.fsencode(folder[0]))
+    walked = _show(source, _walk(source, "", frozenset(), passed, others))
+    with_images = (folder for folder in walked if folder[2])
+    folders = sorted(with_images, key=lambda folder: os.fsencode(folder[0]))
     _check_groups(source, [(group, len(files)) for group, _, files in folders])
     rows, names, digest = [], [], hashlib.sha256()
     for number, (group, container, files) in enumerate(
@@ -74,6 +75,11 @@ def index(source: Path) -> Images:
         ignored=tuple(others),
         passed_over=dict(passed.most_common()),
     )
+
+
+def _show(source: Path, walked: Iterator) -> Iterator:
+    """Progress, where the walk takes longer than a second."""
+    return tqdm(walked, unit=" folders", desc=f"looking at {source.name}", mininterval=1, delay=1)
 
 
 def _walk(
@@ -175,6 +181,7 @@ def _check_groups(source: Path, groups: list[tuple[str, int]]) -> None:
 
 def _state(source: Path) -> str:
     """What changes when a file is added, removed or renamed: the times of all folders."""
-    folders = {str(folder) for _, folder, _ in _walk(source, "", frozenset(), Counter(), [])}
+    walked = _show(source, _walk(source, "", frozenset(), Counter(), []))
+    folders = {str(folder) for _, folder, _ in walked}
     facts = [(os.fsencode(path), _stat(path).st_mtime_ns) for path in sorted(folders)]
     return hashlib.sha256(repr((str(source.resolve()), facts)).encode()).hexdigest()

@@ -248,6 +248,18 @@ def test_an_image_with_several_rows_stays_on_one_side(tmp_path):
     assert len(found["validation"]) == 6
 
 
+def test_an_image_with_two_labels_is_two_samples_and_an_equal_row_none(tmp_path, monkeypatch):
+    put(tmp_path / "1.jpg", picture(1))
+    path = write_list(tmp_path / "list.csv", ["1.jpg"] * 4, ["", "x", "", ""], ["a", "a", "b", "a"])
+    words = ["list", path, "--label-column", "kind", "--out", tmp_path / "D", *FLAGS]
+    run(monkeypatch, *words)
+    shards = opened(tmp_path / "D")
+    assert len(shards) == 3
+    pairs = {(shards.label(i), shards.read_text(i)) for i in range(3)}
+    assert pairs == {(0, None), (0, "x"), (1, None)}
+    assert manifest(tmp_path / "D")["list"]["duplicates"] == 1
+
+
 # Addresses: one download of real files over loopback.
 
 
