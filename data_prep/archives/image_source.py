@@ -4,12 +4,14 @@ An archive is read in place, so a set of 100,000 images costs no second copy and
 source can be pickled; each process then opens the archive for itself.
 """
 
+import io
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from data_prep.sets.shard_writer import Unusable
@@ -61,6 +63,8 @@ def open_images(path: Path) -> ImageSource:
     return _Zip(path) if start in _ZIP_STARTS else _Tar(path)
 
 
+LOSSLESS = ("PPM", "BMP", "TIFF")  # formats that are written as PNG
+NOT_AN_IMAGE = "not a jpeg, png or webp image"
 IMAGE_START = 12  # bytes that say which kind of image a file is
 
 
@@ -75,7 +79,30 @@ def image_extension(data: bytes) -> str:
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    raise Unusable("not a jpeg, png or webp image")
+    raise Unusable(NOT_AN_IMAGE)
+
+
+def stored_image(data: bytes, as_png: Sequence[str] = LOSSLESS) -> tuple[str, bytes]:
+    """Member extension and bytes: jpg, png and webp as they are; formats `as_png`, as Pillow calls
+    them, are written as PNG, of several frames the first.
+
+    Raises `Unusable` for anything else.
+    """
+    try:
+        return image_extension(data), data
+    except Unusable:
+        try:
+            with Image.open(io.BytesIO(data), formats=as_png) as image:
+                return "png", png(image)
+        except Exception:  # plug-ins raise anything on damaged data
+            raise Unusable(NOT_AN_IMAGE) from None
+
+
+def png(image: Image.Image) -> bytes:
+    """The pixels of an image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class ImagesByName:

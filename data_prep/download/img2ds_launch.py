@@ -106,7 +106,7 @@ class Launch:
             "url_list": str((self.home / "list").resolve()),
             "input_format": "parquet",
             "url_col": "url",
-            "caption_col": "caption",
+            "caption_col": "caption" if "caption" in columns else None,
             "save_additional_columns": [c for c in columns if c not in ("url", "caption")],
             "output_folder": str(self.output.resolve()),
             "output_format": "webdataset",
