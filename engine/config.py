@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from engine import config_layers, config_paths, config_rules
+from loaders import manifest
 from loaders.errors import ConfigError
 
 
@@ -171,6 +172,18 @@ def specs(value: Any, key: str) -> list[str]:
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ConfigError(f"{key} must be a path specification or a list of them, got {value!r}")
     return items
+
+
+def require_data(cfg: DictConfig) -> None:
+    """Refuse data that is not there, before anything that takes long to load; opens no tar.
+
+    Raises:
+        DataError: a folder or tar of `data.image_label` or `data.image_text` is missing.
+    """
+    for key in config_paths.SPECIFICATIONS:
+        for spec in specs(OmegaConf.select(cfg, key), key):
+            with config_paths.named(key, spec):
+                manifest.shard_paths(spec)
 
 
 def learning_rates(cfg: DictConfig) -> dict[str, float]:

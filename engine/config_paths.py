@@ -8,7 +8,8 @@ tokenizers, as Hugging Face reads them. `~` at the start of a path is the home f
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def settle(cfg: DictConfig, layers: Sequence[Layer]) -> None:
         before = cfg_values[section][name] if section else cfg_values[name]
         if value != before:
             OmegaConf.update(cfg, key, value, merge=False)
+
+
+@contextmanager
+def named(key: str, spec: str) -> Iterator[None]:
+    """A `DataError` about the data specification `spec` names its key, and where was looked."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}{advice(spec)}") from None
 
 
 def advice(spec: str) -> str:

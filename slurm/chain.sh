@@ -39,6 +39,15 @@ done
 for file in "$config" "$evaluate" ${prepare:+"$prepare"}; do
   [ -f "$file" ] || { echo "error: no such file: ${file:-(--evaluate is missing)}" >&2; exit 2; }
 done
+reason="sbatch is not found"
+if command -v sbatch >/dev/null; then
+  reason="$(scontrol ping 2>&1)" && reason=""
+fi
+if [ -n "$reason" ]; then
+  echo "error: no SLURM answers here (${reason%%$'\n'*}): submit from a login node of the cluster, or" \
+    "type the commands of each stage one after the other (docs/cluster.md)" >&2
+  exit 3
+fi
 source slurm/env.sh
 
 after=""

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,13 @@ def wrong_ones(folder):
     encoders = ["--encoder", "x", "--text-encoder", str(folder), "--data", str(folder / "none")]
     yield "eval.reference", [*encoders, "--output", str(folder)], 2, "name a new folder"
     yield "eval.reference", [*encoders, "--output", str(folder / "new")], 3, "shards are missing"
+    run = ["--config", "tests/engine/tiny.yaml", "train.steps=1", "--output-dir", str(folder)]
+    none = folder / "none"
+    yield "train", [*run, f"data.image_label={none}"], 3, f"data.image_label: {none}: 1 of 1 shards"
+    sets = "evals.tasks={zero_shot: [imagenet1k]}"
+    yield "train", [*run, "evals.every_steps=1", sets], 3, "imagenet1k: "
+    model = ["--checkpoint", str(none), "--format", "pt", "--output", str(folder / "new")]
+    yield "models.export", model, 3, f"{none}: no such file or folder"
     yield "eval.tables", [str(folder / "none")], 3, "holds no result rows"
     places = ["--results", str(folder / "none"), "--output", str(folder)]
     yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"
@@ -91,7 +99,8 @@ def wrong_ones(folder):
 
 
 def test_commands_answer_before_they_load_torch(tmp_path):
-    """Help, wrong flags, wrong names and missing folders; and tables of any text format."""
+    """Help, wrong flags, wrong names and missing folders; and tables of any text format. torch
+    and DeepSpeed take ten seconds and more; what is left takes a fraction of one."""
     row = {"dataset": "emoji_twemoji", "task": "zero_shot", "metric": "mean_per_class", "n": 9}
     row |= {"run": "a", "config_name": "a", "checkpoint_hash": "b", "step": 1, "classes": 3}
     row |= {"value": 50.0, "ci95": [40.0, 60.0], "protocol": "c", "prompt_digest": "d"}
@@ -114,3 +123,23 @@ def test_commands_answer_before_they_load_torch(tmp_path):
     for case, (code, text, loaded) in zip(cases, json.loads(done.stdout), strict=True):
         assert (code, loaded) == (case[2], []), (*case[:2], text)
         assert case[3] in text, (*case[:2], text)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_chain_without_slurm_says_so_in_a_sentence(installed, tmp_path):
+    """No `sbatch`, or a controller that does not answer."""
+    for tool in ("dirname", "grep", "sed"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    if installed:
+        for tool in ("sbatch", "scontrol"):
+            (tmp_path / tool).write_text("#!/bin/sh\necho Slurmctld is DOWN\nexit 1\n")
+            (tmp_path / tool).chmod(0o755)
+    done = subprocess.run(
+        [shutil.which("bash"), "slurm/chain.sh", "configs/quickstart_unicl.yaml", tmp_path / "run",
+         "--evaluate", "slurm/quickstart_evaluate.txt"],
+        cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    reason = "Slurmctld is DOWN" if installed else "sbatch is not found"
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"error: no SLURM answers here ({reason}): submit from a login")
+    assert done.stderr.count("\n") == 1
