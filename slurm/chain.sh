@@ -39,6 +39,8 @@ done
 for file in "$config" "$evaluate" ${prepare:+"$prepare"}; do
   [ -f "$file" ] || { echo "error: no such file: ${file:-(--evaluate is missing)}" >&2; exit 2; }
 done
+source slurm/env.sh
+
 reason="sbatch is not found"
 if command -v sbatch >/dev/null; then
   reason="$(scontrol ping 2>&1)" && reason=""
@@ -48,7 +50,6 @@ if [ -n "$reason" ]; then
     "type the commands of each stage one after the other (docs/cluster.md)" >&2
   exit 3
 fi
-source slurm/env.sh
 
 after=""
 submit() { # name, then the arguments of sbatch

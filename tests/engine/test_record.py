@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -261,3 +262,13 @@ def test_a_checkpoint_of_an_older_version_continues(tmp_path):
     checkpoint.check_identity({"identity": now}, {**now, "data.new": 1}, tmp_path)
     with pytest.raises(DataError, match=r"Different: data.sampler: checkpoint 'ratio', now"):
         checkpoint.check_identity({"identity": {**old, "data.sampler": "ratio"}}, now, tmp_path)
+
+
+def test_the_tables_of_the_document_are_those_of_the_code():
+    """docs/training.md lists which keys may change and why, in this order."""
+    text = (ROOT / "docs/training.md").read_text()
+    text = text.split("## Which keys may change\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", text, re.MULTILINE)
+    tables = identity.FREE, identity.CHANGEABLE, identity.FREE_DEEPSPEED
+    assert rows == [row for table in tables for row in table.items()]
+    assert text.count("\n| ") == len(rows) + len(tables)  # and no other row but the heads
