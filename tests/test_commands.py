@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +125,21 @@ def test_commands_answer_before_they_load_torch(tmp_path):
     for case, (code, text, loaded) in zip(cases, json.loads(done.stdout), strict=True):
         assert (code, loaded) == (case[2], []), (*case[:2], text)
         assert case[3] in text, (*case[:2], text)
+
+
+@pytest.mark.parametrize("name", ["evaluation", "gpu_step", "scaling_model"])
+def test_help_of_a_benchmark_needs_no_torch(name):
+    """On a machine without it; the first are answered for all by the package itself."""
+    parents = [str(ROOT / "tests/data_prep/without_torch"), str(ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"],
+        cwd=ROOT, env={"PYTHONPATH": os.pathsep.join(parents)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m benchmarks.{name} [-h] [--")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        called = re.findall(r'^ +(?:harness|gpu)\.main\("(\w+)", ', path.read_text(), re.MULTILINE)
+        assert called in ([], [path.stem]), "benchmarks/__init__.py goes by this name"
 
 
 @pytest.mark.parametrize("installed", [False, True])
