@@ -114,7 +114,9 @@ def test_commands_answer_before_they_load_torch(tmp_path):
     ]
     assert len(commands) > 20
     cases = [("eval.in_training", None, 0, "")]
-    cases += [(name, ["--help"], 0, "usage: ") for name in ("train", *commands)]
+    cases += [
+        (name, ["--help"], 0, "usage: ") for name in ("train", "engine.dist_check", *commands)
+    ]
     cases += [(name, ["--no-such"], 2, "error: ") for name in commands]
     cases += wrong_ones(tmp_path)
     done = subprocess.run(
