@@ -43,8 +43,7 @@ def main() -> None:
         overrides.append(f"output_dir={arguments.output_dir}")
     if arguments.deepspeed_config is not None:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
-    cfg = config.load(arguments.config, overrides)
-    config.require_data(cfg)
+    cfg = config.load(arguments.config, overrides, need_data=True)
 
     from engine.signals import StopRequest
 
@@ -55,7 +54,9 @@ def main() -> None:
 
     evaluate = None
     with left_out("wandb"):  # timm imports it for a function that nobody calls here
-        if cfg.evals.every_steps:  # first, because it says what is missing before torch is loaded
+        if (
+            cfg.evals.every_steps
+        ):  # first, because it says what is missing before DeepSpeed is loaded
             from functools import partial
 
             from eval import in_training
