@@ -5,6 +5,7 @@ equals that of an uninterrupted one.
 """
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ SUMS = (
 TAKEN = (
     "step", "time", "samples", "loss", "loss_image_label", "loss_image_text", "floor", "rows",
     "mean_positives", "bad_samples", "nonfinite", "lr", "scale", "grad_norm",
-    "samples_per_second", "data_seconds", "eta_seconds", "data_share", "speed_ratio",
+    "samples_per_second", "data_seconds", "eta_seconds", "data_share", "speed_ratio", "memory_gb",
 )  # fmt: skip
 
 
@@ -76,11 +77,12 @@ class Meter:
         return torch.full((), value, dtype=torch.float64, device=self.sums.device)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Means over all ranks since the last call, and the seconds that each rank waited for
-        data; starts anew. One reduction for everything."""
-        waits = torch.zeros(dist.world_size(), dtype=torch.float64, device=self.sums.device)
-        waits[dist.rank()] = self.waited
-        values = dist.sum_over_ranks(torch.cat([self.sums, waits])).tolist()
+        """Means over all ranks since the last call, the largest `peak_memory` of a rank (GB), and
+        the seconds that each rank waited for data; starts anew. One reduction for everything."""
+        ranks, device = dist.world_size(), self.sums.device
+        own = torch.zeros(2, ranks, dtype=torch.float64, device=device)  # a column a rank
+        own[:, dist.rank()] = own.new_tensor([self.waited, peak_memory(device) / 1e9])
+        values = dist.sum_over_ranks(torch.cat([self.sums, own.flatten()])).tolist()
         sums = dict(zip((*SUMS, *self.names), values, strict=False))
         self.sums = torch.zeros_like(self.sums)
         self.waited = 0.0
@@ -92,12 +94,13 @@ class Meter:
             "bad_samples": int(sums["bad"]),
             "nonfinite": int(sums["nonfinite"]),
             "rows": int(rows),
+            "memory_gb": max(values[-ranks:]),
         }
         for name, key in (("image_label", "label"), ("image_text", "text")):
             if sums[f"{key}_rows"]:
                 record[f"loss_{name}"] = sums[f"{key}_loss"] / sums[f"{key}_rows"]
         record |= {name: sums[name] / sums["scalar_batches"] for name in self.names}
-        return record, values[-dist.world_size() :]
+        return record, values[-2 * ranks : -ranks]
 
     def state(self) -> dict[str, list]:
         """For a checkpoint inside a window; collective.
@@ -154,6 +157,14 @@ class Meter:
             self.sums = torch.cat([self.sums[: len(SUMS)], self.sums.new_zeros(len(names))])
             self.sums[SUMS.index("scalar_batches")] = 0
         self.fixed = True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has needed at most so far: of tensors on a GPU, else of its own
+    memory (without its data workers)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def logged_scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:

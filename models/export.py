@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: Python put models/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from loaders.errors import ConfigError, run_cli
+from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=as_path, required=True, metavar="DIR", help="new or empty folder"
     )
     arguments = parser.parse_args(argv)
+    if not arguments.checkpoint.exists():  # said before torch is loaded
+        raise DataError(f"{arguments.checkpoint}: no such file or folder")
     how = export(arguments.checkpoint, arguments.format, arguments.output)
     print(f"{arguments.output}: {arguments.format}, load it with\n  {how}")
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep.sets.shard_writer import Unusable
 from loaders.errors import DataError
+from loaders.progress import Progress
 from loaders.tarreader import ShardReader, iterate_members
 
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a first file, or the end record of an empty zip
@@ -150,7 +150,7 @@ class ImagesByName:
         """Raise `DataError` that names files which are no images by their first bytes."""
         wrong = []
         in_order = sorted(places)  # as they lie in an archive, more or less
-        for place in tqdm(in_order, unit="img", desc="looking at the images", mininterval=1):
+        for place in Progress(in_order, desc="looking at the images", unit="img"):
             try:
                 image_extension(self._sources[place[0]].read(place[1], IMAGE_START))
             except Unusable as error:

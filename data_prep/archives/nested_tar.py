@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.archives.image_table import ROW, Images, open_indexed
 from loaders.errors import DataError
+from loaders.progress import Progress
 from loaders.tarreader import iterate_members
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -134,7 +134,7 @@ def _index_tar(path: Path) -> Images:
     refuse_compressed(path)
     members = []
     total = path.stat().st_size
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"index {path.name}") as bar:
+    with Progress(total=total, unit="B", scaled=True, desc=f"index {path.name}") as bar:
         for member in iterate_members(path):
             members.append(member)
             bar.update(member.offset + member.size - bar.n)
@@ -148,7 +148,7 @@ def _index_tar(path: Path) -> Images:
             found.ignore(member.name)
     with (
         open(path, "rb", buffering=0) as file,
-        tqdm(total=total, unit="B", unit_scale=True, desc="index class archives") as bar,
+        Progress(total=total, unit="B", scaled=True, desc="index class archives") as bar,
     ):
         for tar in tars:
             what = f"{path}: class archive {tar.name!r}"
@@ -176,7 +176,7 @@ def _index_folder(source: Path) -> Images:
     if images:
         found.add("", source, _files(source))
         return found.images()
-    for entry in tqdm(tars or folders, unit=" classes", desc=f"index {source.name}"):
+    for entry in Progress(tars or folders, desc=f"index {source.name}", unit="class"):
         path = Path(entry.path)
         if tars:
             with open(path, "rb", buffering=0) as file:

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from eval import rows
 from eval.sources.splits import EvalSplit
 from loaders import tokenizers, views
 from loaders.errors import ConfigError, DataError
+from loaders.progress import Progress
 from loaders.workers import GuardedLoader
 from models.config import ModelConfig
 from models.weights import LoadedRun
@@ -69,16 +69,18 @@ def encode(
         pin_memory=accelerator.device.type == "cuda",
     )
     parts: dict[str, list[torch.Tensor]] = {}
-    for batch in tqdm(loader, desc=title, unit="batch", disable=not accelerator.is_main_process):
-        output = encode_batch(batch.to(accelerator.device, non_blocking=True))
-        for name in ("feature", "pooled", *(token for token in TOKENS if token in output)):
-            # One round of all ranks is one contiguous stretch of the data set. Ranks must gather
-            # equal shapes; rows that only fill up come after the last sample.
-            values = output[name].float()
-            fill = values.new_zeros(batch_size - len(values), *values.shape[1:])
-            gathered = accelerator.gather(torch.cat([values, fill]))
-            if accelerator.is_main_process:
-                parts.setdefault(name, []).append(gathered.cpu())
+    with Progress(desc=title, unit="sample", total=n, show=accelerator.is_main_process) as bar:
+        for batch in loader:
+            output = encode_batch(batch.to(accelerator.device, non_blocking=True))
+            for name in ("feature", "pooled", *(token for token in TOKENS if token in output)):
+                # One round of all ranks is one contiguous stretch of the data set. Ranks must
+                # gather equal shapes; rows that only fill up come after the last sample.
+                values = output[name].float()
+                fill = values.new_zeros(batch_size - len(values), *values.shape[1:])
+                gathered = accelerator.gather(torch.cat([values, fill]))
+                if accelerator.is_main_process:
+                    parts.setdefault(name, []).append(gathered.cpu())
+            bar.update(min(batch_size * accelerator.num_processes, n - bar.n))
     if not accelerator.is_main_process:
         return None
     found = {name: torch.cat(kept)[:n] for name, kept in parts.items()}

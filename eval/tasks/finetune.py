@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from eval.sources import common_classes
 from eval.sources.registry import EvalDataset
@@ -27,6 +26,7 @@ from eval.tasks.features import Extractor, initial_head
 from eval.tasks.outcome import Outcome
 from loaders import views
 from loaders.errors import ConfigError, NonFiniteLoss
+from loaders.progress import Progress
 from models.base import Model
 
 BATCH = 64
@@ -116,7 +116,9 @@ def train(
     wrapped.train()
     losses = []
     title = f"{data.split.row.name} fine-tuning"
-    for images, targets in tqdm(loader, desc=title, disable=not accelerator.is_main_process):
+    for images, targets in Progress(
+        loader, desc=title, unit="step", show=accelerator.is_main_process
+    ):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         loss = measure(wrapped(normalize(images)), targets)
         if not torch.isfinite(loss):
