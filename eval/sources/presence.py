@@ -1,10 +1,16 @@
 """Which sets are on disk. Needs no torch, so that commands answer at once."""
 
+import os
 from pathlib import Path
 
 from eval.sources.registry import EvalDataset
 from loaders.errors import DataError
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+# What operating systems and storage put into folders, beside hidden files.
+SYSTEM_FOLDERS = {
+    "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+}  # fmt: skip
 # Only these read no other split than the test split.
 TEST_ONLY = ("zero_shot", "retrieval")
 
@@ -37,8 +43,23 @@ def present(row: EvalDataset, task: str | None = None, required: bool = False) -
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the subfolders, sorted; hidden ones aside."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Names of the subfolders, sorted; hidden ones and those of the system aside."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _meant(path.name))
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Image files below `folder`, sorted, and all other files; what is hidden, or the system's, is
+    in neither."""
+    images, others = [], []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if _meant(name)]
+        for path in (Path(place, name) for name in names if _meant(name)):
+            (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return sorted(images), sorted(others)
+
+
+def _meant(name: str) -> bool:
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
 
 
 def recognise(folder: Path) -> str | None:
