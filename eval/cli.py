@@ -89,7 +89,7 @@ def choose(
     folders = [word for word in dict.fromkeys(args.datasets) if _is_folder(word, known)]
     named = [word for word in args.datasets if word not in folders]
     texts = getattr(args, "classnames", None), getattr(args, "templates", None)
-    own.require_alone(folders, *texts)
+    _check_texts(folders, *texts)
     if folders and protocol:
         raise ConfigError(
             f"--protocol {protocol} is for sets that state it; of {folders[0]} give --templates, "
@@ -114,6 +114,19 @@ def _is_folder(word: str, known: Registry) -> bool:
     if word in known.datasets or word in known.collections:
         return False
     return os.sep in word or word.startswith((".", "~")) or Path(word).is_dir()
+
+
+def _check_texts(folders: list[str], names: Path | None, templates: str | None) -> None:
+    """Raise ConfigError for flags of texts that belong to no folder, or to one of several."""
+    if not folders and (names or templates):
+        flag = "--classnames" if names else "--templates"
+        raise ConfigError(
+            f"{flag} is for a folder of --datasets; sets with a name have theirs in their registry"
+        )
+    if names and len(folders) > 1:
+        raise ConfigError(
+            f"--classnames with {len(folders)} folders: evaluate them one after the other"
+        )
 
 
 def require(models: Sequence[Path]) -> None:

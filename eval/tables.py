@@ -197,7 +197,8 @@ def _commands(
         done = {column[:3] for column in line.cells}
         for column in columns:
             names = lacking[column.task, run, tuple(typed.get(column, ()))]
-            if column[:3] not in done and column.dataset not in names:
+            filled = column in line.cells if column in typed else column[:3] in done
+            if not filled and column.dataset not in names:
                 names.append(column.dataset)
     commands = []
     for (task, run, own), names in lacking.items():

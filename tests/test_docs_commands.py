@@ -1,8 +1,8 @@
 """Commands of the documents, as typed: run on small inputs, or read by their own argument parser.
 
-A block of code that begins with a command is run line by line in a new folder, in which the INPUTS
-that it names lie; `/d/` stands for a folder in it. An HTML comment on the line before a block says
-otherwise:
+A block of code in which a line begins with a command is run line by line, in a new folder that
+looks like the root of the repository, with the INPUTS that the line names; `/d/` and `/tmp/` are
+folders in it. An HTML comment on the line before a block says otherwise:
 
     <!-- docs test: not run, REASON -->    its commands are read by their parsers only
     <!-- docs test: file NAME -->          the block is a file, which later blocks use
@@ -14,6 +14,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -30,7 +31,6 @@ from tests.eval import conftest as small
 from tests.test_imports import OURS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("docs/data.md", "docs/evaluation.md")
 BLOCK = re.compile(
     r"(?:^<!-- docs test: (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.M | re.S,
@@ -40,6 +40,8 @@ MARKS = re.compile(r"not run, .+|file [\w.]+")
 PROGRAMS = ("python", "torchrun", "accelerate", "deepspeed", "srun", "sbatch", "make")
 PROGRAMS += ("source", "for", "mkdir", "cp", "cat", "ls", "tar")
 SEPARATORS = {"&&", "||", ";", "|", "&", "do", "done"}
+LINKED = OURS | {"configs", "data", "ds_configs", "prompts", "slurm", "train.py"}
+PLACES = re.compile(r"(?<![\w/.])/(?=(?:d|tmp)/)")  # where a document puts data
 SAMPLES = 12
 
 
@@ -123,7 +125,7 @@ def variants(arguments: list[str]) -> list[list[str]]:
 def documented() -> list[tuple[str, list[str]]]:
     """(place, words) of every command of the documents: of blocks, and within texts."""
     found = []
-    for document in DOCUMENTS:
+    for document in INPUTS:
         for block in blocks(document):
             for place, line in block.lines:
                 found += [(place, words) for words in commands(line)]
@@ -163,7 +165,7 @@ def test_parsers_know_every_documented_flag(monkeypatch, capsys):
 
 def test_other_blocks_are_what_they_say():
     """Marks are spelt right; Python compiles; YAML is read."""
-    for block in itertools.chain.from_iterable(map(blocks, DOCUMENTS)):
+    for block in itertools.chain.from_iterable(map(blocks, INPUTS)):
         assert block.mark is None or MARKS.fullmatch(block.mark), (block.where, block.mark)
         if block.language == "python":
             compile(block.text, block.where, "exec")
@@ -211,36 +213,45 @@ def arrays(folder: Path) -> None:
         np.save(folder / f"{key}.npy", np.ones((2, 8), np.float16))
 
 
-# What blocks may name: by path in their folder, what makes it.
+# What lines may name: by document, and by path in the new folder, what makes it.
 INPUTS = {
-    "RUN": lambda path: small.write_run(path, seed=0),
-    "birds": class_folders,
-    "pairs": pairs,
-    "d/gcc3m": pairs,
-    "rewrites.jsonl": rewrites,
-    "FOLDER": arrays,
-}
+    "docs/data.md": {"d/gcc3m": pairs, "rewrites.jsonl": rewrites, "FOLDER": arrays},
+    "docs/evaluation.md": {
+        "RUN": lambda path: small.write_run(path, seed=0), "birds": class_folders, "pairs": pairs,
+    },
+}  # fmt: skip
 
 
-def prepare(text: str, home: Path) -> None:
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A new folder as working folder, with links to the packages, configurations and data."""
+    for name in LINKED:
+        if (ROOT / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("d", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def prepare(text: str, document: str) -> None:
     """Make the inputs that a text names and that are not there."""
-    for name, make in INPUTS.items():
-        if (
-            re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text)
-            and not (home / name).exists()
-        ):
-            (home / name).parent.mkdir(parents=True, exist_ok=True)
-            make(home / name)
+    for name, make in INPUTS[document].items():
+        named = re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text)
+        if named and not Path(name).exists():
+            make(Path(name))
 
 
 def run(place: str, line: str, monkeypatch, capfd) -> None:
     """A line as a shell runs it; a command of ours within this process, which has all imported."""
     found = commands(line)
     module, _ = (ours(found[0], place) if len(found) == 1 else None) or (None, [])
-    script = line if module is None else f"set -- {line}\nprintf '%s\\0' \"$@\""
+    # The shell takes quotes, patterns and comments away, and leaves the words of the command.
+    script = f"set -- {line}\nprintf '%s\\0' \"$@\"" if module else line
     shell = subprocess.run(["bash", "-ec", script], capture_output=True, text=True)
-    code, said = shell.returncode, shell.stderr
-    if module and not code:  # the shell has taken quotes, globs and comments away
+    code, said = shell.returncode, shell.stdout + shell.stderr
+    if module and not code:
         words = shell.stdout.split("\0")[:-1]
         monkeypatch.setattr(sys, "argv", [module, *ours(words, place)[1]])
         try:
@@ -251,18 +262,15 @@ def run(place: str, line: str, monkeypatch, capfd) -> None:
     assert code == 0, f"{place}: {line}\n{said}\nmark the block, or add what it needs to INPUTS"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_blocks_run_as_typed(document, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("document", INPUTS)
+def test_blocks_run_as_typed(document, home, monkeypatch, capfd):
     ran = 0
     for block in blocks(document):
-        text = block.text.replace("/d/", f"{tmp_path}/d/")
         if (block.mark or "").startswith("file "):
-            Path(block.mark.removeprefix("file ")).write_text(text)
-        elif block.mark is None:
-            for place, line in block.lines:
-                line = line.replace("/d/", f"{tmp_path}/d/")
-                prepare(line.replace(str(tmp_path), ""), tmp_path)
-                run(place, line, monkeypatch, capfd)
-                ran += 1
+            prepare(block.text, document)
+            Path(block.mark.removeprefix("file ")).write_text(block.text)
+        for place, line in block.lines if block.mark is None else ():
+            prepare(line, document)
+            run(place, PLACES.sub(f"{home}/", line), monkeypatch, capfd)
+            ran += 1
     assert ran > 3

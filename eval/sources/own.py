@@ -13,7 +13,7 @@ from eval.sources.class_texts import GivenNames, Templates, digest, read_names, 
 from eval.sources.own_parts import KINDS, Part, read_part, split_folders
 from eval.sources.presence import TEST_ONLY
 from eval.sources.registry import EvalDataset, Origin
-from loaders.errors import ConfigError, DataError
+from loaders.errors import DataError
 from loaders.specs import local
 
 METRICS = {
@@ -66,7 +66,7 @@ def describe(
         _check_captions(place, parts["test"])
     else:
         _check_classes(place, task, parts, given)
-    texts = _templates(place, templates)
+    texts = _templates(place, None if templates is None else local(templates))
     name = f"{_title(place)}@{_content(parts)[:8]}"
     return EvalDataset(
         name=name,
@@ -110,6 +110,7 @@ def _given_names(place: Path, names: Path | None, folders: Mapping) -> GivenName
 
 
 def _templates(place: Path, given: str | None) -> Templates:
+    """Those of the flag, of the file beside the set, or the preset."""
     beside = [place / name for name in TEMPLATES if (place / name).is_file()]
     if given is None and len(beside) > 1:
         raise DataError(f"{place}: templates in {' and '.join(TEMPLATES)}; keep one of them")
@@ -123,6 +124,7 @@ def _title(place: Path) -> str:
 
 
 def _split_name(path: Path, place: Path, split: str) -> str:
+    """What results call a split: by its folder, `val` where that is tested."""
     return split if path == place else path.name
 
 
@@ -235,16 +237,3 @@ def _notes(task: str, parts: Mapping[str, Part], names: list[str] | None) -> lis
             some = ", ".join(empty[:5])
             notes.append(f"candidates without an image in test: {some} ({len(empty)})")
     return notes
-
-
-def require_alone(folders: list[str], names: Path | None, templates: str | None) -> None:
-    """Raise ConfigError for flags of texts that belong to no folder, or to one of several."""
-    if not folders and (names or templates):
-        flag = "--classnames" if names else "--templates"
-        raise ConfigError(
-            f"{flag} is for a folder of --datasets; sets with a name have theirs in their registry"
-        )
-    if names and len(folders) > 1:
-        raise ConfigError(
-            f"--classnames with {len(folders)} folders: evaluate them one after the other"
-        )

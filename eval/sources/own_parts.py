@@ -94,7 +94,7 @@ def split_folders(place: Path) -> dict[str, Path]:
                 f"on, in {place / 'test'}; or give {place / 'train'} itself"
             )
         found["test"] = found.pop("val")
-    return found
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
 
 
 def read_part(folder: Path, given: GivenNames | None) -> Part:
