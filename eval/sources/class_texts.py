@@ -11,6 +11,9 @@ from loaders import texts
 from loaders.errors import ConfigError, DataError
 from loaders.plain_text import read_text, text_lines
 
+# Files beside a set, the first and the last as CLIP_benchmark has them.
+CLASS_NAMES = "classnames.txt"
+TEMPLATES = ("templates.txt", "zeroshot_classification_templates.txt")
 SHOWN = 5  # names in a message
 
 

@@ -9,7 +9,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from eval.sources.class_texts import GivenNames, Templates, digest, read_names, read_templates
+from eval.sources.class_texts import (
+    CLASS_NAMES,
+    TEMPLATES,
+    GivenNames,
+    Templates,
+    digest,
+    read_names,
+    read_templates,
+)
 from eval.sources.own_parts import KINDS, Part, read_part, split_folders
 from eval.sources.presence import TEST_ONLY
 from eval.sources.registry import EvalDataset, Origin
@@ -23,8 +31,6 @@ METRICS = {
     "retrieval": ["mean_recall"]
     + [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)],
 }
-CLASS_NAMES = "classnames.txt"
-TEMPLATES = ("templates.txt", "zeroshot_classification_templates.txt")
 DEFAULT_TEMPLATES = "clip_80"
 NAMED_BY = {
     "shards": "manifest.json", "webdataset": "classnames.txt", "huggingface": "its features",
@@ -225,8 +231,8 @@ def _notes(task: str, parts: Mapping[str, Part], names: list[str] | None) -> lis
     notes = []
     for split, part in parts.items():
         if part.others:
-            files = f"{len(part.others)} files that are no images"
-            notes.append(f"{files} passed over in {split}, the first is {part.others[0]}")
+            what = f"files passed over in {split}: {len(part.others)} that are no images or lie in"
+            notes.append(f"{what} no class folder, the first is {part.others[0]}")
         if task != "retrieval" and part.unlabelled:
             notes.append(f"{part.unlabelled} images without a label left out of {split}")
     counts = parts["test"].counts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.sources.class_texts import GivenNames
+from eval.sources.class_texts import CLASS_NAMES, TEMPLATES, GivenNames
 from eval.sources.presence import class_folders, image_files, recognise
 from loaders import manifest
 from loaders.errors import DataError
@@ -38,7 +38,7 @@ class Part:
         counts: images of each class id, None if the labels are not known yet.
         images: their number. unlabelled: those without a label.
         several_captions: each line, or entry of a list, is a caption of its own.
-        others: files that are no images.
+        others: files that are no images, or lie in no class folder.
         facts: what changes with the content, for a digest.
     """
 
@@ -112,14 +112,22 @@ def read_part(folder: Path, given: GivenNames | None) -> Part:
         raise DataError(f"{folder}: tars and folders of images; move one of them elsewhere")
     if kind == "huggingface":
         files = sorted(path for path in folder.rglob("*") if path.is_file())
+        tables = {path.name.split("-")[0] for path in files if path.suffix == ".parquet"}
+        if len(mixed := sorted(tables & SPLITS.keys())) > 1:
+            raise DataError(
+                f"{folder}: tables of {' and '.join(mixed)} in one folder would be read as one; "
+                "put each split into a folder of its name"
+            )
         facts = tuple((path.relative_to(folder).as_posix(), path.stat().st_size) for path in files)
         return Part(kind, folder, None, None, None, several_captions=True, facts=facts)
     return _shard_part(kind, folder, given)
 
 
 def _folder_part(folder: Path) -> Part:
-    names, counts, others, facts = class_folders(folder), [], [], []
-    empty = []
+    names, counts, facts, empty = class_folders(folder), [], [], []
+    known = (CLASS_NAMES, *TEMPLATES)
+    loose = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in known]
+    others = [path for path in loose if not path.name.startswith(".")]
     for name in names:
         images, rest = image_files(folder / name)
         counts.append(len(images))

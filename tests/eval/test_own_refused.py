@@ -6,6 +6,7 @@ Nothing here loads a model or decodes a picture.
 import numpy as np
 import pytest
 
+from eval import finetune, linear_probe, zero_shot
 from eval.sources import class_texts
 from eval.sources.registry import Registry
 from loaders.errors import ConfigError, DataError
@@ -83,6 +84,20 @@ def test_flags_that_cannot_be_meant(words, message, tmp_path):
     pictures("birds/a", "birds/b", "tits/a", "tits/b")(tmp_path)
     with pytest.raises((ConfigError, DataError), match=message):
         choose(tmp_path, "zero_shot", *[word.replace("@", f"{tmp_path}/") for word in words])
+
+
+def test_flags_of_texts_are_refused_where_no_text_is_read(tmp_path):
+    pictures("train/a", "train/b", "test/a", "test/b")(tmp_path / "set")
+    words = ["--checkpoint", ".", "--output", "out", "--datasets", f"{tmp_path}/set"]
+    for main, more in (
+        (linear_probe.main, ["--templates", "simple"]),
+        (linear_probe.main, ["--templates", "simple", "--protocol", "clip"]),
+        (finetune.main, ["--templates", "simple", "--head-init", "random"]),
+    ):
+        with pytest.raises(ConfigError, match="--templates is for a head from text"):
+            main([*words, *more])
+    with pytest.raises(ConfigError, match="--protocol unicl is for sets that state it; of /"):
+        zero_shot.main([*words, "--protocol", "unicl"])
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from PIL import Image
 
 from eval import finetune, knn, linear_probe, retrieval, tables, zero_shot
 from eval.sources import class_texts, own
+from eval.sources.splits import EvalSplit
 from loaders import views
 from loaders.errors import DataError
 from models import weights
 from tests.eval import peers
+from tests.eval import test_sources_kinds as kinds
 from tests.eval.conftest import SIZE, drawing
 from tests.eval.own_folders import TEMPLATES, choose, pictures, write_registry
-from tests.eval.test_sources_kinds import write_tar
 
 FOLDERS = ["crested_tit", "rook", "wren"]  # as sorted on disk
 MAINS = {
@@ -103,7 +104,7 @@ def test_zero_shot_of_class_folders_says_its_protocol(world, birds, tmp_path, ca
     assert f"{told}{facts['class_names_digest'][:8]})" in row["protocol"]
     said = capsys.readouterr().out
     assert said.startswith(f"{name}: {birds}; class folders; 18 images in train; 12 images in test")
-    assert "1 files that are no images passed over in test" in said
+    assert "files passed over in test: 1 that are no images" in said
     assert row["protocol"] in said
 
 
@@ -134,12 +135,28 @@ def test_captions_of_a_prepared_set_are_retrieved(world, tmp_path):
     assert {row["set"]["source"] for row in found.values()} == {"shards"}
 
 
+def test_hugging_faces_folder_takes_names_in_the_order_of_its_ids(tmp_path):
+    kinds.write_huggingface(tmp_path)
+    names = [f"{name} x" for name in kinds.NAMES]
+    (tmp_path / "toy" / "classnames.txt").write_text("\n".join(names))
+    row = choose(tmp_path, "zero_shot", tmp_path / "toy")
+    split = EvalSplit(row, "test", 8)
+    assert split.class_names()[1] == names
+    assert split.image(3).getpixel((5, 5))[0] == split.labels[3] == 3
+    kinds.write_parquet(tmp_path / "tables")
+    home = tmp_path / "tables/toy/test"
+    (home / "part.parquet").rename(home / "train-0.parquet")
+    shutil.copy(home / "train-0.parquet", home / "test-0.parquet")
+    with pytest.raises(DataError, match="tables of test and train in one folder would be read as"):
+        choose(tmp_path, "zero_shot", home)
+
+
 @pytest.fixture
 def tars(tmp_path) -> Path:
     """CLIP_benchmark's layout: the class `none` has no picture."""
     random, home = np.random.default_rng(3), tmp_path / "wds"
     samples = [{"png": drawing(i % 3, random), "cls": i % 3} for i in range(9)]
-    write_tar(home / "test/0.tar", samples)
+    kinds.write_tar(home / "test/0.tar", samples)
     (home / "classnames.txt").write_text("\ufeffrook\nwren\ntit\nnone\n")
     (home / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
     return home
