@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.sources.class_texts import CLASS_NAMES, TEMPLATES, GivenNames
-from eval.sources.presence import class_folders, image_files, recognise
+from eval.sources.presence import class_folders, image_files, meant, recognise
 from loaders import manifest
 from loaders.errors import DataError
 
@@ -101,7 +101,7 @@ def read_part(folder: Path, given: GivenNames | None) -> Part:
     """What a split holds; images are listed, none is opened.
 
     Raises DataError for a folder that is none of ACCEPTED, naming what is in it; for a class folder
-    without an image; and as `loaders.manifest.open_shards`.
+    without an image, or with folders of images; and as `loaders.manifest.open_shards`.
     """
     kind = recognise(folder)
     if kind == "folder" or kind is None:
@@ -127,11 +127,17 @@ def _folder_part(folder: Path) -> Part:
     names, counts, facts, empty = class_folders(folder), [], [], []
     known = (CLASS_NAMES, *TEMPLATES)
     loose = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in known]
-    others = [path for path in loose if not path.name.startswith(".")]
+    others = [path for path in loose if meant(path.name)]
     for name in names:
         images, rest = image_files(folder / name)
         counts.append(len(images))
         others += rest
+        if deep := next((path for path in images if path.parent != folder / name), None):
+            raise DataError(
+                f"{folder}: {deep.relative_to(folder)} lies deeper than in a class folder, and its "
+                f"class may be {name} or {deep.parent.relative_to(folder)}; put the images of a "
+                "class into its folder itself, or prepare the set (docs/data.md)"
+            )
         facts += [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in images]
         empty += [] if images else [name]
     if not sum(counts):

@@ -47,6 +47,7 @@ REFUSED = {
     "flat": (flat, "zero_shot", r"1 images that lie in no class folder and 1 other files \(list"),
     "unfinished": (unfinished, "zero_shot", "not finished; close it with: python data_prep/verify"),
     "empty class": (empty_class, "zero_shot", r"no image in the class folders cat \(1 of 2\)"),
+    "deep": (pictures("a/b", "c"), "zero_shot", r"a/b/0.png lies deeper.*class may be a or a/b"),
     "one class": (pictures("cat"), "zero_shot", r"one class only \(cat\)"),
     "train alone": (pictures("train/a", "train/b"), "zero_shot", "`train` alone"),
     "no train": (pictures("test/a", "test/b"), "knn", "no training split"),
