@@ -71,7 +71,7 @@ def describe(
     if task == "retrieval":
         _check_captions(place, parts["test"])
     else:
-        _check_classes(place, task, parts, given)
+        _check_classes(place, parts, given)
     texts = _templates(place, None if templates is None else local(templates))
     name = f"{_title(place)}@{_content(parts)[:8]}"
     return EvalDataset(
@@ -153,9 +153,7 @@ def _check_captions(place: Path, test: Part) -> None:
         )
 
 
-def _check_classes(
-    place: Path, task: str, parts: Mapping[str, Part], given: GivenNames | None
-) -> None:
+def _check_classes(place: Path, parts: Mapping[str, Part], given: GivenNames | None) -> None:
     """Classes of a set whose labels are known before its images are opened."""
     for split, part in parts.items():
         if part.counts is None:

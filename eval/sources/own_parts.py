@@ -73,9 +73,9 @@ def split_folders(place: Path) -> dict[str, Path]:
         raise DataError(f"{place}: {what}; accepted are {ACCEPTED}")
     inside = class_folders(place)
     splits = [name for name in inside if name in SPLITS]
-    meant = {SPLITS[name] for name in splits}
+    roles = {SPLITS[name] for name in splits}
     whole = recognise(place) != "folder"  # it has a manifest, tars or tables of its own
-    certain = "test" in meant or {"train", "val"} <= meant or len(splits) == len(inside)
+    certain = "test" in roles or {"train", "val"} <= roles or len(splits) == len(inside)
     if whole or not splits or not certain:
         return {"test": place}
     if len(splits) < len(inside):
@@ -84,7 +84,7 @@ def split_folders(place: Path) -> dict[str, Path]:
             f"{place}: the folders {', '.join(splits)} look like splits, and "
             f"{', '.join(others[:SHOWN])} beside them like classes; move one kind elsewhere"
         )
-    if len(meant) < len(splits):
+    if len(roles) < len(splits):
         raise DataError(f"{place}: {', '.join(splits)} name one split twice; keep one of them")
     found = {SPLITS[name]: place / name for name in splits}
     if "test" not in found:
@@ -156,8 +156,7 @@ def _shard_part(kind: str, folder: Path, given: GivenNames | None) -> Part:
     names = [entry.names[0].strip() for entry in shards.classes] or None
     labelled = shards.labels[shards.labels >= 0]
     counts = np.bincount(labelled).tolist()
-    content = shards.read_json(0) if len(shards) else None
-    several = bool(shards.caption_lines) or isinstance((content or {}).get("captions"), list)
+    several = bool(shards.caption_lines) or _lists_captions(shards)
     facts = (
         shards.fingerprint,
         *(str(shard.sha256) for shard in shards.shards),
@@ -165,6 +164,15 @@ def _shard_part(kind: str, folder: Path, given: GivenNames | None) -> Part:
     )
     unlabelled = len(shards) - len(labelled)
     return Part(kind, folder, names, counts, len(shards), unlabelled, several, facts=facts)
+
+
+def _lists_captions(shards: manifest.ShardSet) -> bool:
+    """Whether the first sample's `.json` has a list of captions."""
+    try:
+        content = shards.read_json(0) if len(shards) else None
+    except (ValueError, LookupError):  # a damaged one; whoever reads all of them says which
+        return False
+    return isinstance((content or {}).get("captions"), list)
 
 
 def _contents(folder: Path) -> str:
