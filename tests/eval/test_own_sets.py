@@ -109,7 +109,9 @@ def test_zero_shot_of_class_folders_says_its_protocol(world, birds, tmp_path, ca
     assert row["protocol"] in said
 
 
-@pytest.mark.parametrize("task", ["knn", "linear_probe", "finetune"])
+@pytest.mark.parametrize(
+    "task", ["knn", "finetune", pytest.param("linear_probe", marks=pytest.mark.soak)]
+)
 def test_a_folder_and_a_row_of_a_registry_give_the_same(task, world, birds, tmp_path):
     registry = write_registry(birds.parent / f"{task}.yaml")
     words = ["--datasets", "mine", birds, "--registry", registry]
