@@ -33,9 +33,9 @@ def select(
         chosen += [(task, row) for row in rows if present(row, task, row.name in names)]
     # Late: torch takes seconds, and a wrong name should not wait for it. But here, and not at the
     # first checkpoint, where a training would find out hours later that something cannot be loaded.
-    from eval.tasks import checkpoint
+    from eval.sources import common_classes
 
-    checkpoint.open_sets(chosen)
+    common_classes.open_sets(chosen)
     return chosen
 
 

@@ -189,20 +189,25 @@ def _commands(
     lines: dict[tuple, Line], columns: list[Column], folder: Path, registry: Registry
 ) -> list[str]:
     """The commands that fill the empty cells, one per run and task."""
-    lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
+    lacking: dict[tuple, list[str]] = defaultdict(list)
+    measured = [row for line in lines.values() for row in line.cells.values()]
+    # Sets of no registry of ours are named by their folder and file, in a command of their own.
+    typed = {column_of(row): row["set"]["arguments"] for row in measured if "set" in row}
     for (run, _), line in lines.items():
         done = {column[:3] for column in line.cells}
         for column in columns:
-            names = lacking[column.task, run]
-            if column[:3] not in done and column.dataset not in names:
+            names = lacking[column.task, run, tuple(typed.get(column, ()))]
+            filled = column in line.cells if column in typed else column[:3] in done
+            if not filled and column.dataset not in names:
                 names.append(column.dataset)
     commands = []
-    for (task, run), names in lacking.items():
+    for (task, run, own), names in lacking.items():
         if names:
             # Runs and their results lie side by side in the quickstart; else the user knows where.
             beside = folder.parent / run
             place = str(beside) if beside.exists() else f"FOLDER_OF_RUN/{run}"
-            commands.append(render_names.command(task, place, names, folder, registry))
+            found = render_names.command(task, place, names, folder, registry, list(own))
+            commands.append(found)
     return commands
 
 

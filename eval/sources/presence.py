@@ -1,10 +1,20 @@
 """Which sets are on disk. Needs no torch, so that commands answer at once."""
 
+import os
 from pathlib import Path
 
 from eval.sources.registry import EvalDataset
 from loaders.errors import DataError
 
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm",
+}  # fmt: skip
+# Names, in small letters, that systems and file servers leave in folders, beside hidden ones.
+SYSTEM = {
+    "__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
+    "system volume information", "lost+found", "__pycache__", "thumbs.db", "desktop.ini",
+}  # fmt: skip
 # Only these read no other split than the test split.
 TEST_ONLY = ("zero_shot", "retrieval")
 
@@ -37,8 +47,24 @@ def present(row: EvalDataset, task: str | None = None, required: bool = False) -
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the subfolders, sorted; hidden ones aside."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """Names of the subfolders, sorted; hidden ones and those of the system aside."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and meant(path.name))
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Image files below `folder`, sorted, and all other files; what is hidden, or the system's, is
+    in neither."""
+    images, others = [], []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if meant(name)]
+        for path in (Path(place, name) for name in names if meant(name)):
+            (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    return sorted(images), sorted(others)
+
+
+def meant(name: str) -> bool:
+    """Whether a person gave a file or folder this name; not if it is hidden, or of `SYSTEM`."""
+    return not name.startswith(".") and name.lower() not in SYSTEM
 
 
 def recognise(folder: Path) -> str | None:

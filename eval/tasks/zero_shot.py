@@ -101,9 +101,10 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
 def _describe(split: EvalSplit, classes: int, templates: int, late: bool) -> str:
     """The protocol in words; equal words are equal protocols."""
     row = split.row
-    of = f"classes of prompts/{row.prompts}" if row.prompts else "classes of the split"
+    of = "classes of the set" if row.all_classes else "classes of the split"
+    of = f"classes of prompts/{row.prompts}" if row.prompts else of
     named = {"prompts": row.prompts, "source": "the source's own"}
-    which = "stated in the registry"
+    which = row.templates_from
     if isinstance(row.templates, str):
         which = named.get(row.templates, row.templates)
     mean = "normalised prompt features"
