@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.archives.image_table import ROW, Images, open_indexed
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -58,7 +58,7 @@ def index(source: Path) -> Images:
     _check_groups(source, [(group, len(files)) for group, _, files in folders])
     rows, names, digest = [], [], hashlib.sha256()
     for number, (group, container, files) in enumerate(
-        tqdm(folders, unit=" folders", desc=f"index {source.name}", mininterval=1)
+        Progress(folders, unit="folder", desc=f"index {source.name}")
     ):
         images = sorted((os.fsencode(name), _size(container, name)) for name in files)
         for name, size in images:
@@ -79,7 +79,7 @@ def index(source: Path) -> Images:
 
 def _show(source: Path, walked: Iterator) -> Iterator:
     """Progress, where the walk takes longer than a second."""
-    return tqdm(walked, unit=" folders", desc=f"looking at {source.name}", mininterval=1, delay=1)
+    return Progress(walked, unit="folder", desc=f"looking at {source.name}", after=1)
 
 
 def _walk(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.archives import hugging_face
 from data_prep.archives.own_classes import class_table, read_names
@@ -16,6 +15,7 @@ from data_prep.archives.own_lists import Columns, group_of, label_key, texts_of
 from data_prep.archives.own_samples import Samples, texts_digest
 from data_prep.sets import split
 from loaders.errors import ConfigError, DataError
+from loaders.progress import Progress
 
 _TEXTS = ("string", "large_string")
 _BATCH = 1000  # rows read at a time
@@ -113,7 +113,7 @@ def _read_rows(data: Any, columns: Columns, seed: int, what: str):
     rows, keys, hashes, left_out = array("q"), [], array("Q"), Counter()
     several, digests, number = False, [], 0
     wanted = [name for name in columns.all if name != columns.image]
-    with tqdm(total=len(data), unit=" rows", desc="reading rows", mininterval=1) as bar:
+    with Progress(total=len(data), unit="row", desc="reading rows") as bar:
         for batch in data.select_columns(wanted).iter(batch_size=_BATCH):
             digests.append(texts_digest([batch[name] for name in wanted]))
             for cells in zip(*(batch[name] for name in wanted), strict=True):

@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.archives import annotation_table
 from data_prep.archives.own_classes import class_table, read_names
 from data_prep.download.list_rows import WEB, Notes, Rejected, Row
 from data_prep.sets import split
 from loaders.errors import ConfigError, DataError
+from loaders.progress import Progress
 
 LOCAL = ("file",)
 BROKEN_LINES = "captions with a line break, now a blank"
@@ -166,7 +166,7 @@ class OwnList:
         """(line from 0 over all files, row, file): a header counts as a line. `starts` gets the
         number of the first line of each file."""
         start = 0
-        with tqdm(unit=" rows", desc=self.files[0].name, mininterval=1, disable=not show) as bar:
+        with Progress(unit="row", desc=self.files[0].name, show=show) as bar:
             for path in self.files:
                 if starts is not None:
                     starts.append((start, path))

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data_prep.archives.image_source import LOSSLESS, stored_image
 from data_prep.archives.own_lists import local_path
@@ -20,6 +19,7 @@ from data_prep.sets import set_folder
 from data_prep.sets.shard_writer import SUCCESS, Unusable, permutation, plan, write_shards
 from loaders.errors import DataError
 from loaders.manifest import CAPTION_LINES
+from loaders.progress import Progress
 
 AS_PNG = (*LOSSLESS, "GIF")
 _SHOWN = 10  # files named one by one; all are counted
@@ -92,7 +92,7 @@ def _members(samples: Samples, classes: Sequence[dict]) -> Callable[[int], dict[
         except Unusable as error:
             named += 1
             if named <= _SHOWN:
-                tqdm.write(f"{samples.origin(i)}: {error}; left out")
+                Progress.write(f"{samples.origin(i)}: {error}; left out")
             raise
         found = {extension: data}
         about: dict[str, Any] = {}
