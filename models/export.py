@@ -30,7 +30,8 @@ FORMATS = ("pt", "safetensors", "open_clip", "hf", "timm")
 
 
 def writer(format_name: str) -> Callable[[LoadedRun, Path], str]:
-    """What writes one of `FORMATS` into an empty folder, and returns the Python that loads it."""
+    """What writes one of `FORMATS` into an empty folder, and returns the Python that loads it, as
+    lines that run."""
     # Imports are late so that --help and a wrong flag answer at once.
     from models.formats import hugging_face, open_clip, plain, timm_image
 
@@ -47,8 +48,9 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     """Write the model of a run or checkpoint folder into the new folder `output`.
 
     Returns:
-        The line of Python that loads it, and what is left out, which is said: `model.regions`,
-        which only training uses, is in our own formats alone.
+        The lines of Python that load it with its transform and its tokenizer, and as a comment
+        among them what is left out: `model.regions`, which only training uses, is in our own
+        formats alone.
 
     Raises:
         ConfigError: `output` holds files already, or the format cannot express the model; the
@@ -92,7 +94,7 @@ def _left_out(cfg: ModelConfig, format_name: str) -> str:
     """A line on what the formats of other libraries have no place for and evaluation no use."""
     if cfg.regions is None or format_name in ("pt", "safetensors"):
         return ""
-    return "\nleft out: model.regions, which only training uses"
+    return "\n# left out: model.regions, which only training uses"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     how = export(arguments.checkpoint, arguments.format, arguments.output)
-    print(f"{arguments.output}: {arguments.format}, load it with\n  {how}")
+    print(f"{arguments.output}: {arguments.format}, load it with\n{how}")
 
 
 if __name__ == "__main__":

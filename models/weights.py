@@ -11,6 +11,7 @@ from loaders.errors import DataError
 from models.base import Model
 from models.formats import (
     checkpoint_layout,
+    load_lines,
     official_unicl,
     open_clip,
     open_clip_config,
@@ -37,7 +38,7 @@ def load(path: str | Path) -> LoadedRun:
     Recognised are
     - a run folder or one of its checkpoint folders (`load_run`), the weights in them, and what
       DeepSpeed's `zero_to_fp32.py` made of one, with the run's `config.yaml` beside or above it;
-    - our exports: a `.pt` file, a `.safetensors` file or the folder of one;
+    - our exports: a `.pt` file, a `.safetensors` file, or the folder of either;
     - a released UniCL file, both namings (`load_official_unicl`);
     - an open_clip folder (`open_clip_config.json` and weights), or such a weights file in it;
     - a state dict of OpenAI's CLIP (ViT or ModifiedResNet) with the sizes that its archive holds.
@@ -62,6 +63,8 @@ def load(path: str | Path) -> LoadedRun:
 def _load_folder(path: Path) -> LoadedRun:
     name = path.resolve().name
     weights = next((path / file for file in FOLDER_FILES if (path / file).is_file()), None)
+    if weights is None and not (path / "config.yaml").is_file():
+        weights = _only_export(path)
     if (path / open_clip_config.CONFIG_FILE).is_file():
         if weights is None:
             raise DataError(f"{path}: none of {', '.join(FOLDER_FILES)} beside the configuration")
@@ -75,6 +78,12 @@ def _load_folder(path: Path) -> LoadedRun:
     if weights is None or run_files.STEP.fullmatch(name) or (path / "checkpoints").is_dir():
         return load_run(path)
     return _load_file(weights, name)
+
+
+def _only_export(path: Path) -> Path | None:
+    """The file of a folder that holds nothing but one export in the format pt."""
+    inside = list(path.iterdir())
+    return inside[0] if [file.suffix for file in inside] == [".pt"] else None
 
 
 def _load_file(path: Path, name: str) -> LoadedRun:
@@ -94,9 +103,11 @@ def _load_file(path: Path, name: str) -> LoadedRun:
     if kind == "clip":
         return _load_clip(path, state, name)
     if (path.parent / "config.json").is_file():
+        lines = load_lines.of_folder(path.parent)
         raise DataError(
-            f"{path.parent}: a folder for timm or transformers; give the run itself, or its export "
-            "in the format pt, safetensors or open_clip"
+            f"{path.parent}: a folder for timm or transformers; "
+            + (f"load it with [{'; '.join(lines.splitlines())}], or " if lines else "")
+            + "give the run itself, or its export in the format pt, safetensors or open_clip"
         )
     raise DataError(
         f"{path}: not recognised; its keys begin with "

@@ -14,7 +14,6 @@ from loaders import views
 from loaders.errors import DataError
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
 class Source:

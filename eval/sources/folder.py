@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.sources.base import IMAGE_SUFFIXES, Source, decode_file, files_hash
-from eval.sources.presence import class_folders
+from eval.sources.base import Source, decode_file, files_hash
+from eval.sources.presence import IMAGE_SUFFIXES, class_folders
 from loaders.errors import DataError
 
 

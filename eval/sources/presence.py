@@ -5,6 +5,7 @@ from pathlib import Path
 from eval.sources.registry import EvalDataset
 from loaders.errors import DataError
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 # Only these read no other split than the test split.
 TEST_ONLY = ("zero_shot", "retrieval")
 
