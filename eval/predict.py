@@ -126,12 +126,13 @@ def _of_file(path: Path) -> list[str]:
     if path.suffix != ".json":
         return text_lines(text)
     try:
-        content = json.loads(text)
-        table = content["classes"] if isinstance(content, dict) else content
-        names = [entry["names"][0] if isinstance(entry, dict) else entry for entry in table]
+        names = json.loads(text)
+        if isinstance(names, dict):
+            # ImageNet's table has two names twice, which no prompt tells apart: one class each.
+            names = list(dict.fromkeys(entry["names"][0] for entry in names["classes"]))
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        names = [None]
-    if not all(map(is_text, names)):
+        names = None
+    if not isinstance(names, list) or not all(map(is_text, names)):
         raise DataError(f"{path}: neither a JSON list of names nor a table as in prompts/")
     return names
 

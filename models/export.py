@@ -3,7 +3,8 @@
     python -m models.export --checkpoint RUN --format open_clip --output DIR
 
 Reads the whole weights that every checkpoint holds, whatever its ZeRO stage, as float32. What can
-be reloaded here is reloaded, and its features are compared, before the command succeeds.
+be reloaded here is reloaded, and its features are compared, before the command succeeds. With
+`--push-to-hub NAME --license ID` a model card is written beside it, and all is uploaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from loaders.specs import as_path
 if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.loaded_run import LoadedRun
+    from models.model_card import Card
 
 FORMATS = ("pt", "safetensors", "open_clip", "hf", "timm")
 
@@ -44,8 +46,10 @@ def writer(format_name: str) -> Callable[[LoadedRun, Path], str]:
     }[format_name]
 
 
-def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
-    """Write the model of a run or checkpoint folder into the new folder `output`.
+def export(
+    checkpoint: str | Path, format_name: str, output: str | Path, card: Card | None = None
+) -> str:
+    """Write the model of a run or checkpoint folder into the new folder `output`, with its card.
 
     Returns:
         The lines of Python that load it with its transform and its tokenizer, and as a comment
@@ -54,7 +58,8 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
 
     Raises:
         ConfigError: `output` holds files already, or the format cannot express the model; the
-            message names the part. Nothing is left behind then.
+            message names the part. With a card also what is bound to this machine. Nothing is
+            left behind then.
         DataError: the checkpoint cannot be read.
     """
     folder = Path(output)
@@ -66,7 +71,12 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     _refuse_inexpressible(run.model.cfg, format_name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return write(run, folder) + _left_out(run.model.cfg, format_name)
+        how = write(run, folder) + _left_out(run.model.cfg, format_name)
+        if card is not None:
+            from models import model_card
+
+            model_card.write(run, format_name, folder, card)
+        return how
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -111,9 +121,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=as_path, required=True, metavar="DIR", help="new or empty folder"
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload to this repository, say you/your-model"
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="of the weights, as the hub names it, say apache-2.0"
+    )
+    parser.add_argument(
+        "--results", type=as_path, metavar="DIR", help="result rows for the model card"
+    )
     arguments = parser.parse_args(argv)
-    how = export(arguments.checkpoint, arguments.format, arguments.output)
+    name, license_id = arguments.push_to_hub, arguments.license
+    if (name is None) != (license_id is None) or (arguments.results and name is None):
+        raise ConfigError(
+            "--push-to-hub NAME needs --license ID, the licence that you give the weights; "
+            "--license and --results are for the card that goes with it"
+        )
+    card = _card(arguments) if name else None
+    how = export(arguments.checkpoint, arguments.format, arguments.output, card)
     print(f"{arguments.output}: {arguments.format}, load it with\n{how}")
+    if name:
+        from models import hub
+
+        message = f"{arguments.checkpoint.resolve().name} as {arguments.format}"
+        print(f"-> {hub.push(arguments.output, name, message)}")
+
+
+def _card(arguments: argparse.Namespace) -> Card:
+    from models import hub
+    from models.model_card import Card
+
+    hub.require_access(arguments.push_to_hub)
+    return Card(arguments.push_to_hub, arguments.license, arguments.results)
 
 
 if __name__ == "__main__":

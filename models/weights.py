@@ -63,8 +63,6 @@ def load(path: str | Path) -> LoadedRun:
 def _load_folder(path: Path) -> LoadedRun:
     name = path.resolve().name
     weights = next((path / file for file in FOLDER_FILES if (path / file).is_file()), None)
-    if weights is None and not (path / "config.yaml").is_file():
-        weights = _only_export(path)
     if (path / open_clip_config.CONFIG_FILE).is_file():
         if weights is None:
             raise DataError(f"{path}: none of {', '.join(FOLDER_FILES)} beside the configuration")
@@ -75,15 +73,17 @@ def _load_folder(path: Path) -> LoadedRun:
             f"{path}: a checkpoint of DeepSpeed, whose weights may lie in parts; join them with "
             f"python {script} {script.parent} OUT and give the folder OUT"
         )
+    if weights is None and not (path / "config.yaml").is_file():
+        weights = _only_export(path)
     if weights is None or run_files.STEP.fullmatch(name) or (path / "checkpoints").is_dir():
         return load_run(path)
     return _load_file(weights, name)
 
 
 def _only_export(path: Path) -> Path | None:
-    """The file of a folder that holds nothing but one export in the format pt."""
-    inside = list(path.iterdir())
-    return inside[0] if [file.suffix for file in inside] == [".pt"] else None
+    """The file of a folder with an export in the format pt, which has the run's name."""
+    found = [f for f in path.glob("*.pt") if not run_files.TRAINING_FILE.fullmatch(f.name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _load_file(path: Path, name: str) -> LoadedRun:

@@ -1,4 +1,4 @@
-"""`models.load`: model, transform and tokenizer, those of evaluation, of whatever a model lies in."""
+"""`models.load`: a model with the transform and tokenizer of evaluation, wherever it lies."""
 
 import shutil
 
