@@ -5,6 +5,8 @@ import inspect
 import io
 import itertools
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -248,3 +250,23 @@ def test_names_of_files_cannot_disturb_a_terminal(album, tmp_path):
     name.write_bytes((album / "0.png").read_bytes())
     (item,) = find([str(tmp_path)])
     assert find([str(tmp_path)]).key(item) == str(tmp_path / "a\\x1b[2J.png")
+
+
+def test_what_the_readme_says_runs_as_typed(world, album, tmp_path, capsys, monkeypatch):
+    text = (PROMPTS.parent / "README.md").read_text(encoding="utf-8")
+    given = {"runs/quickstart/unicl": str(world / "runs/tiny"), "PICTURE": str(album / "0.png")}
+    for name, place in (given | {"FOLDER": str(album)}).items():
+        text = text.replace(name, place)
+    section = text.partition("## Use a model\n")[2].partition("\n## ")[0]
+    python, shell = re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)
+    exec(python, {})
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"0\.\d+", printed)) == 2, printed
+    monkeypatch.chdir(tmp_path)
+    for line in shell.splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[:3] == ["python", "-m", "eval.predict"]
+        predict.main([*words[3:], "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "among 2 classes" in printed
+    assert parquet.read_table("features.parquet")["key"].to_pylist()[0] == str(album / "0.png")
