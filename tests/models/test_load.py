@@ -10,6 +10,7 @@ import models
 from loaders import tokenizers, views
 from loaders.errors import ConfigError, DataError
 from models.export import export
+from models.transform import Transform
 from tests.engine import run_folder
 from tests.models import reference_folders
 from tests.models.test_export import photo
@@ -97,8 +98,7 @@ def test_an_opened_image_becomes_what_its_file_becomes(mode, tmp_path):
     else:
         image = image.convert(mode)
     image.save(path, **options)
-    run_folder.write(tmp_path / "run")
-    transform = models.load(tmp_path / "run")[1]
+    transform = Transform(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
     decoded = views.decode(path.read_bytes())
     opened = Image.open(path)
     before = (opened.mode, opened.size)
