@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: Python put models/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from loaders.errors import ConfigError, run_cli
+from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--results", type=as_path, metavar="DIR", help="result rows for the model card"
     )
     arguments = parser.parse_args(argv)
+    if not arguments.checkpoint.exists():  # said before torch is loaded
+        raise DataError(f"{arguments.checkpoint}: no such file or folder")
     name, license_id = arguments.push_to_hub, arguments.license
     if (name is None) != (license_id is None) or (arguments.results and name is None):
         raise ConfigError(

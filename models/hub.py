@@ -26,7 +26,7 @@ def require_access(name: str) -> None:
         validate_repo_id(name)
     except ValueError as error:
         raise ConfigError(f"--push-to-hub {name}: {error}") from None
-    with _told(name):
+    with _told(name, "nothing was exported"):
         HfApi().whoami()
 
 
@@ -39,7 +39,8 @@ def push(folder: Path, name: str, message: str) -> str:
     Raises:
         ConfigError: no right to write there. DataError: the hub cannot be reached, or failed.
     """
-    with _told(name):
+    later = f"the export is whole, upload it later with `hf upload {name} {folder} .`"
+    with _told(name, later):
         api = HfApi()
         url = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=message)
@@ -47,24 +48,25 @@ def push(folder: Path, name: str, message: str) -> str:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Errors of the hub as ours."""
+def _told(name: str, state: str) -> Iterator[None]:
+    """Errors of the hub as ours; `state` is how things stand then."""
     hub = f"--push-to-hub {name}"
     try:
         yield
     except LocalTokenNotFoundError:
         raise ConfigError(
-            f"{hub}: no token for the hub; set HF_TOKEN, or log in with `hf auth login`"
+            f"{hub}: no token for the hub; set HF_TOKEN, or log in with `hf auth login`; {state}"
         ) from None
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         if error.response.status_code in (401, 403):
             raise ConfigError(
-                f"{hub}: the hub refuses the token ({reason}); take one with the right to write"
+                f"{hub}: the hub refuses the token ({reason}); take one with the right to write; "
+                f"{state}"
             ) from None
-        raise DataError(f"{hub}: {reason}; the export itself is whole, run it again") from None
+        raise DataError(f"{hub}: the hub failed ({reason}); {state}") from None
     except (HTTPError, OSError) as error:
         raise DataError(
             f"{hub}: the hub does not answer ({type(error).__name__}: {error}); unset "
-            "HF_HUB_OFFLINE, or see HF_ENDPOINT and the network"
+            f"HF_HUB_OFFLINE, or see HF_ENDPOINT and the network; {state}"
         ) from None

@@ -30,6 +30,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.full = False  # from then on no repository is made
 
     @property
     def address(self) -> str:
@@ -101,10 +102,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _create(self, asked: dict) -> None:
         name = f"{asked['organization'] or 'me'}/{asked['name']}"
+        if self.server.full:
+            return self._send(507, {"error": "Insufficient storage"})
         known = name in self.server.repositories
         self.server.repositories.setdefault(name, {})
         answer = {"url": f"{self.server.address}/{name}"}
         self._send(409 if known else 200, answer | ({"error": "exists"} if known else {}))
+        return None
 
     def _validate(self, content: str) -> None:
         _, head, _ = content.split("---\n", 2)

@@ -104,7 +104,7 @@ def test_a_run_with_its_card_is_uploaded_and_loads_from_what_the_hub_got(
     assert 'timm.create_model("hf-hub:me/drawings"' in files["README.md"].decode()
 
 
-def test_what_the_hub_would_not_take_is_said_before_anything_is_exported(
+def test_what_the_hub_will_not_take_is_said_before_an_export_and_what_is_left_to_do_after_it(
     run, hub, tmp_path, monkeypatch
 ):
     output, licence = tmp_path / "out", ("--license", "mit")
@@ -124,6 +124,11 @@ def test_what_the_hub_would_not_take_is_said_before_anything_is_exported(
         command(run, "pt", output, *licence)
     assert not output.exists()
     assert hub.repositories == {}
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(hub, "full", True)
+    with pytest.raises(DataError, match=r"the hub failed.*`hf upload me/drawings .*/out \.`"):
+        command(run, "pt", output, *licence)
+    assert (output / "mine.pt").exists()
 
 
 def test_what_is_bound_to_this_machine_is_not_uploaded(hub, tmp_path):
