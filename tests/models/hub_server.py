@@ -107,8 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         known = name in self.server.repositories
         self.server.repositories.setdefault(name, {})
         answer = {"url": f"{self.server.address}/{name}"}
-        self._send(409 if known else 200, answer | ({"error": "exists"} if known else {}))
-        return None
+        return self._send(409 if known else 200, answer | ({"error": "exists"} if known else {}))
 
     def _validate(self, content: str) -> None:
         _, head, _ = content.split("---\n", 2)
