@@ -140,6 +140,7 @@ def test_files_globs_and_tars_give_what_a_folder_gives(world, album, tmp_path):
         workers = 2 if name == "folder" else 0
         command(run, *images, classes="a, b, c, d", output=output, workers=workers)
         rows[name] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["image"] for row in rows["folder"]] == [str(album / name) for name in ORDER]
     assert rows["parts"] == rows["folder"]
     assert rows["set"] == rows["tars"]
     keys = [row.pop("image") for row in rows["set"]]
