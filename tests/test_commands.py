@@ -85,6 +85,14 @@ def wrong_ones(folder):
     yield "train", [*run, f"data.image_label={none}"], 3, f"data.image_label: {none}: 1 of 1 shards"
     model = ["--checkpoint", str(none), "--format", "pt", "--output", str(folder / "new")]
     yield "models.export", model, 3, f"{none}: no such file or folder"
+    given = ["--checkpoint", str(folder / "run"), str(folder / "none.png")]
+    yield "eval.predict", given, 2, "give --classes to name what pictures show"
+    yield "eval.predict", [*given, "--classes", "a"], 2, "two names or more"
+    yield "eval.predict", [*given, "--classes", "a, b"], 3, f"{folder / 'run'}: no such file or"
+    given[1] = str(folder)
+    yield "eval.predict", [*given, "--classes", "a, b"], 3, "none.png: no such file or folder"
+    given = ["--checkpoint", str(folder), "--format", "pt", "--output", str(folder / "out")]
+    yield "models.export", [*given, "--push-to-hub", "me/x"], 2, "needs --license"
     yield "eval.tables", [str(folder / "none")], 3, "holds no result rows"
     places = ["--results", str(folder / "none"), "--output", str(folder)]
     yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"

@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 
 from eval import rows
 from eval.sources.splits import EvalSplit
-from loaders import tokenizers, views
 from loaders.errors import ConfigError, DataError
 from loaders.progress import Progress
 from loaders.workers import GuardedLoader
+from models import loading
 from models.config import ModelConfig
+from models.transform import Transform
 from models.weights import LoadedRun
 
 Features = dict[str, torch.Tensor]
@@ -118,11 +119,11 @@ def cached(
 
 @dataclass
 class Extractor:
-    """One frozen model with its tokenizer, transform constants and feature cache."""
+    """One frozen model with its tokenizer, transform and feature cache."""
 
     accelerator: Accelerator
     run: LoadedRun
-    cache: Path
+    cache: Path | None  # None: nothing is kept
     batch_size: int
     workers: int
 
@@ -130,26 +131,25 @@ class Extractor:
         config = ModelConfig.from_dict(self.run.cfg["model"])
         self.late = config.similarity == "late"
         self.size = config.image.size
-        self.mean, self.std = config.image.mean, config.image.std
-        self.tokenizer = tokenizers.build(
-            config.text.tokenizer, config.text.context_length, self.size
-        )
+        self.transform = Transform.of(config)
+        self.tokenizer = loading.tokenizer(config)
         self.model = self.run.model.to(self.accelerator.device).float().eval()
 
     def images(self, split: EvalSplit) -> Features | None:
         """Image features of a split: {"feature": (n, D), "pooled": (n, W)} and perhaps TOKENS; see
         `encode`."""
+        transform = self.transform
         description = {
             "checkpoint": self.run.checkpoint_hash,
             "kind": "image",
-            "transform": [split.resize, split.crop, split.mode, self.mean, self.std],
+            "transform": [split.resize, split.crop, split.mode, transform.mean, transform.std],
             "dataset": split.content_hash,
         }
         if self.run.reference:
             description["reference"] = self.run.reference
 
         def encode_batch(images: torch.Tensor) -> Features:
-            return self.model.encode_image(views.normalize(images, self.mean, self.std))
+            return self.model.encode_image(transform.normalize(images))
 
         title = f"{split.row.name} {split.split} images"
         return self._run(description, split, encode_batch, self.workers, title)
@@ -171,7 +171,20 @@ class Extractor:
         compute = partial(
             encode, self.accelerator, dataset, encode_batch, self.batch_size, workers, title
         )
+        if self.cache is None:
+            return compute()
         return cached(self.accelerator, self.cache, description, compute)
+
+    def classes(self, names: list[str], templates: list[str]) -> tuple[Features, int]:
+        """What stands for the classes `names` when images are compared with them
+        (`eval.tasks.scores.compare`), and how many candidates in a row are one class: a vector
+        each, or, of a model that compares tokens, the prompts of each.
+
+        Every process must call it; the features are the main process's.
+        """
+        if self.late:
+            return self.prompts(names, templates), len(templates)
+        return {"feature": self.class_weights(names, templates)}, 1
 
     def class_weights(self, names: list[str], templates: list[str]) -> torch.Tensor | None:
         """Zero-shot classifier (K, D): per class the mean over templates of the normalised text

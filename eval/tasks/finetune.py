@@ -9,7 +9,6 @@ random-resized crop and flip.
 
 import argparse
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -147,7 +146,7 @@ def evaluate(
     if head is None:  # every process starts from the same weights: DDP sends the main one's
         head = torch.zeros(len(names), extractor.model.embed_dim)
     model = Classifier(extractor.model, head)
-    normalize = partial(views.normalize, mean=extractor.mean, std=extractor.std)
+    normalize = extractor.transform.normalize
     data = TrainingViews(splits["train"], classes.targets["train"], args.seed)
     train(accelerator, model, data, normalize, args, extractor.workers)
     model.eval()

@@ -26,11 +26,8 @@ def class_scores(
     """Scores of n images for K classes, class ids (K,) and class texts (K). None off the main
     process; every process must call it."""
     ids, names = split.class_names()
-    class_texts, templates, each = split.row.class_texts(names), split.templates(), 1
-    if extractor.late:
-        classes, each = extractor.prompts(class_texts, templates), len(templates)
-    else:
-        classes = {"feature": extractor.class_weights(class_texts, templates)}
+    class_texts = split.row.class_texts(names)
+    classes, each = extractor.classes(class_texts, split.templates())
     images = extractor.images(split)
     if images is None:
         return None
