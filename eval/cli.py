@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.sources.presence import present
+from eval.sources.presence import those_present
 from eval.sources.registry import EvalDataset, Registry
 from loaders.errors import CommandParser, DataError
 from loaders.specs import as_path
@@ -46,12 +46,12 @@ def choose(
     """Rows of `registry` that `args.datasets` names, that list the task `listed` (default: that of
     the command's name), and that are there.
 
-    Raises ConfigError as `Registry.select`, DataError as `present`, and DataError where no set is
-    left or a model of `args.checkpoint` is not there.
+    Raises ConfigError as `Registry.select`, DataError as `those_present`, and DataError where no
+    set is left or a model of `args.checkpoint` is not there.
     """
     task = listed or command
     selected = Registry(registry, args.data_root).select(args.datasets, task, protocol)
-    found = [row for row in selected if present(row, task, row.name in args.datasets)]
+    found = those_present(selected, task, args.datasets)
     if not found:
         raise DataError(f"none of {', '.join(args.datasets)} is there for {command}: nothing to do")
     require(args.checkpoint)
