@@ -38,8 +38,8 @@ def write_page(
     """One HTML file with the table, the facts and commands of the runs, and the pictures inside.
 
     Args:
-        runs: fact -> its text for each line of `table`. commands: that trained. pictures: in the
-            order of the page, with names of CAPTIONS.
+        runs: fact -> its text for each line of `table`. commands: lines that say what trained
+            them. pictures: in the order of the page, with names of CAPTIONS.
     """
     clip_art = table.title == tables.QUICKSTART_TITLE
     body = [f"<h1>{html.escape(table.title)}</h1>", f"<p>{INTRODUCTION}</p>" if clip_art else ""]
@@ -91,7 +91,11 @@ def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     shown = sorted({order[row["run"], row["checkpoint_hash"]] for row in found})  # lines of `table`
     facts = [run_facts.read(args.runs[i], loaded[i].step, logs[i]) for i in shown]
     rows = [[r for r in found if order[r["run"], r["checkpoint_hash"]] == i] for i in shown]
-    commands = list(dict.fromkeys(command for one in facts for command in one.commands))
+    commands = [
+        text
+        for line, one in zip(table.lines, facts, strict=True)
+        for text in (f"# {render.name(line)}", *(one.commands or [run_facts.UNKNOWN]))
+    ]
     page = args.output / "index.html"
     print(write_page(table, run_facts.table(facts, rows), commands, pictures, page))
 

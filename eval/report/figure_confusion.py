@@ -8,15 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from eval.report import palette
-from eval.report.figures import CHARACTER, LINE, Sheet, short, wrapped
+from eval.report.figures import CHARACTER, LINE, Sheet, printable, wrapped
 
-MOST = 30  # classes that one picture has room for
-NAME = 15  # characters
+MOST = 28  # classes that one picture has room for
+NAME = 14  # characters
 NUMBERS = 8  # classes up to which a cell has room for its number
 # Inches: of a cell, with and without a number; of what stands around a matrix.
 LARGE, CELL = 0.36, 1.12 * palette.SMALL / 72
-LEFT, ABOVE, BELOW = (NAME + 6) * CHARACTER + 0.3, 2.4 * LINE, NAME * CHARACTER + 2.6 * LINE
-SCALE = 4.2 * LINE  # inches of the scale and the legend above all
+LEFT, ABOVE, BELOW = (NAME + 5) * CHARACTER + 0.28, 2.4 * LINE, NAME * CHARACTER + 2.6 * LINE
+SCALE = 5 * LINE  # inches of the scale and the legend above all
 # Few in a hundred are what one looks for: the root of the share gives them a shade that is seen.
 SHADES, COLORS = PowerNorm(0.5, vmin=0, vmax=100), "Blues"
 TICKS = (0, 2, 10, 25, 50, 100)
@@ -85,10 +85,18 @@ def _cut(panel: Panel) -> tuple[str, list[str], np.ndarray, np.ndarray]:
     return title, [names[i] for i in kept], share[np.ix_(kept, kept)], totals[kept]
 
 
+def _name_of(name: str) -> str:
+    """A class name of NAME characters at most. What is left out stands in the middle, because names
+    of one set often begin, or end, alike."""
+    name = printable(name)
+    half = NAME // 2
+    return name if len(name) <= NAME else f"{name[: NAME - 1 - half]}…{name[-half:]}"
+
+
 def _name(axis: Axes, names: list[str], totals: np.ndarray) -> None:
     places = range(len(names))
-    axis.set_xticks(places, [short(name, NAME) for name in names], rotation=90)
-    rows = [f"{short(n, NAME)} ({t})" for n, t in zip(names, totals, strict=True)]
+    axis.set_xticks(places, [_name_of(name) for name in names], rotation=90)
+    rows = [f"{_name_of(n)} ({t})" for n, t in zip(names, totals, strict=True)]
     axis.set_yticks(places, rows)
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class (number of samples)")

@@ -53,7 +53,6 @@ def curves(logs: dict[str, list[dict]]) -> Figure:
     last.set_xlabel("samples seen" if x == "samples" else "optimizer steps")
     last.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     last.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.suptitle("Training curves", fontweight="bold")
     handles, labels = [], []
     for i, name in enumerate(logs):
         color, mark = palette.look(i)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from eval.report import palette
-from eval.report.figures import CHARACTER, LINE, Sheet, short, wrapped
+from eval.report.figures import LINE, Sheet, fitted, wrapped
 
 BEST = 4  # answers shown of each query
 TICK, CROSS = "✓", "✗"
@@ -52,13 +52,15 @@ class Direction:
 def retrieval(by_text: Direction, by_image: Direction, title: str) -> Figure:
     """Both directions one below the other: caption to images, image to captions."""
     title = wrapped(title, 56, 2)
-    head = (2 + title.count("\n")) * LINE
+    head = (3.4 + title.count("\n")) * LINE
     rows = [
         (len(d.successes) + len(d.failures)) * size + 6.5 * LINE
         for d, size in ((by_text, CAPTION_ROW), (by_image, IMAGE_ROW))
     ]
     sheet = Sheet(palette.WIDTH, head + sum(rows))
     sheet.text(0, 0, title, fontsize=palette.HEAD, weight="bold")
+    key = f"Of each answer: rank, {TICK} right or {CROSS} wrong, similarity to the query"
+    sheet.text(0, head - 2 * LINE, key, color=palette.DARK)
     sheet.top += head
     _direction(sheet, by_text, ("caption", "image"), _caption_row, CAPTION_ROW)
     _direction(sheet, by_image, ("image", "caption"), _image_row, IMAGE_ROW)
@@ -106,7 +108,7 @@ def _verdict(answer: Answer) -> tuple[str, str]:
 
 def _caption_row(sheet: Sheet, query: Query) -> None:
     """The caption, its best images in order, and the right image where it is not among them."""
-    sheet.text(0, 0, wrapped(query.content, int(TEXT / CHARACTER), 6))
+    sheet.text(0, 0, fitted(query.content, TEXT, 6))
     x = TEXT + GAP
     for rank, answer in enumerate(query.best, 1):
         text, color = _verdict(answer)
@@ -132,5 +134,5 @@ def _image_row(sheet: Sheet, query: Query) -> None:
         below = line * 1.15 * LINE
         sheet.text(left + 0.32, below, f"{rank}:", color=color, ha="right")
         sheet.text(left + 0.38, below, text, color=color)
-        room = int((sheet.width - left - 0.9) / CHARACTER)
-        sheet.text(left + 0.9, below, short(answer.content, room), color=palette.DARK)
+        caption = fitted(answer.content, sheet.width - left - 0.9)
+        sheet.text(left + 0.9, below, caption, color=palette.DARK)

@@ -71,9 +71,13 @@ class Sheet:
 
 
 @functools.cache
+def _font() -> ft2font.FT2Font:
+    return ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+
+
+@functools.cache
 def _glyphs() -> frozenset[int]:
-    path = font_manager.findfont("DejaVu Sans")
-    return frozenset(ft2font.FT2Font(path).get_charmap())
+    return frozenset(_font().get_charmap())
 
 
 def printable(text: str) -> str:
@@ -92,6 +96,26 @@ def short(text: str, length: int) -> str:
     """`printable(text)` cut to `length` characters, the last one an ellipsis."""
     text = printable(text)
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def length(text: str) -> float:
+    """Inches of the longest line of `text` at the size SMALL."""
+    font = _font()
+    font.set_size(palette.SMALL, 72)
+    widths = []
+    for line in text.replace(r"\$", "$").split("\n"):
+        font.set_text(line)
+        widths.append(font.get_width_height()[0] / 64 / 72)
+    return max(widths)
+
+
+def fitted(text: str, inches: float, lines: int = 1) -> str:
+    """`printable(text)` in at most `lines` lines that are not longer than `inches`."""
+    for width in range(int(2 * inches / CHARACTER), 3, -1):
+        part = short(text, width) if lines == 1 else wrapped(text, width, lines)
+        if length(part) <= inches:
+            return part
+    return "…"
 
 
 def legend_below(figure: Figure, handles: list, labels: list[str]) -> None:

@@ -184,6 +184,7 @@ min-width:8rem;max-width:11rem;border-right:1px solid #ccc}td.published{color:#5
 .results td small{display:block}.results thead th,.facts td{overflow-wrap:anywhere}
 .facts td{white-space:normal;min-width:5rem}.facts thead th{cursor:default}
 td.ours{font-weight:600;border-left:1px solid #ccc}
+@media(min-width:50rem){.results tr>:first-child{max-width:none;white-space:nowrap}}
 .up::after{content:" ▲"}.down::after{content:" ▼"}
 """
 SORT = """
