@@ -20,7 +20,7 @@ SCALE = 5 * LINE  # inches of the scale and the legend above all
 # Few in a hundred are what one looks for: the root of the share gives them a shade that is seen.
 SHADES, COLORS = PowerNorm(0.5, vmin=0, vmax=100), "Blues"
 TICKS = (0, 2, 10, 25, 50, 100)
-RIGHT, EMPTY = "predicted as it is", "class without a sample"
+RIGHT, EMPTY = "right: predicted is true", "class without a sample"
 
 Panel = tuple[str, list[str], np.ndarray]
 

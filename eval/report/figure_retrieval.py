@@ -12,8 +12,9 @@ BEST = 4  # answers shown of each query
 TICK, CROSS = "✓", "✗"
 # Inches.
 SIDE, GAP, TEXT = 0.57, 0.06, 1.12
-CAPTION_ROW = SIDE + 2 * LINE + 0.12
-IMAGE_ROW = (BEST + 1) * 1.15 * LINE + 0.1
+# Of a row whose right answer is first, and of one that shows it behind the best.
+CAPTION_ROWS = (SIDE + 2 * LINE, SIDE + 2.8 * LINE)
+IMAGE_ROWS = ((BEST + 0.4) * 1.15 * LINE, (BEST + 1.7) * 1.15 * LINE)
 
 
 @dataclass
@@ -54,32 +55,34 @@ def retrieval(by_text: Direction, by_image: Direction, title: str) -> Figure:
     title = wrapped(title, 56, 2)
     head = (3.4 + title.count("\n")) * LINE
     rows = [
-        (len(d.successes) + len(d.failures)) * size + 6.5 * LINE
-        for d, size in ((by_text, CAPTION_ROW), (by_image, IMAGE_ROW))
+        len(d.successes) * first + len(d.failures) * behind + 6.5 * LINE
+        for d, (first, behind) in ((by_text, CAPTION_ROWS), (by_image, IMAGE_ROWS))
     ]
     sheet = Sheet(palette.WIDTH, head + sum(rows))
     sheet.text(0, 0, title, fontsize=palette.HEAD, weight="bold")
     key = f"Of each answer: rank, {TICK} right or {CROSS} wrong, similarity to the query"
     sheet.text(0, head - 2 * LINE, key, color=palette.DARK)
     sheet.top += head
-    _direction(sheet, by_text, ("caption", "image"), _caption_row, CAPTION_ROW)
-    _direction(sheet, by_image, ("image", "caption"), _image_row, IMAGE_ROW)
+    _direction(sheet, by_text, ("caption", "image"), _caption_row, CAPTION_ROWS)
+    _direction(sheet, by_image, ("image", "caption"), _image_row, IMAGE_ROWS)
     return sheet.figure
 
 
 def _direction(
-    sheet: Sheet, found: Direction, kinds: tuple[str, str], row: Callable, size: float
+    sheet: Sheet, found: Direction, kinds: tuple[str, str], row: Callable, sizes: tuple
 ) -> None:
-    """Head, successes and failures of one direction; `kinds`: what a query and an answer are."""
+    """Head, successes and failures of one direction; `kinds`: what a query and an answer
+    are; `sizes`: inches of a row."""
     query, answer = kinds
     text = (
         f"{query.capitalize()} → {answer}s: {found.queries} {query}s, {found.candidates} {answer}s"
     )
     sheet.text(0, 0, text, fontsize=palette.HEAD, weight="bold")
     sheet.top += 1.6 * LINE
-    for heading, count, examples in (
-        (f"Right {answer} first", found.first, found.successes),
-        (f"Right {answer} (shown last) behind the {BEST} best", found.missed, found.failures),
+    behind = f"Right {answer} (shown last) behind the {BEST} best"
+    for heading, count, examples, size in (
+        (f"Right {answer} first", found.first, found.successes, sizes[0]),
+        (behind, found.missed, found.failures, sizes[1]),
     ):
         share = f"{count} of {found.queries} ({100 * count / found.queries:.0f} %)"
         some = f", {len(examples)} of them:" if len(examples) < count else ""

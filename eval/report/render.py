@@ -178,7 +178,8 @@ figure{margin:0;max-width:100%}.pictures{display:flex;flex-wrap:wrap;gap:1rem 2r
 table{border-collapse:collapse;font-size:.85rem}th,td{padding:.4rem .6rem;border-bottom:1px solid
 #ddd;text-align:right;white-space:nowrap}thead th{cursor:pointer;vertical-align:bottom;
 background:#f4f4f4}tr>:first-child{text-align:left;position:sticky;left:0;background:#f4f4f4}
-small,li{color:#555}li{font-size:.85rem}pre{overflow-x:auto;background:#f4f4f4;padding:.6rem}
+small,li{color:#555}li{font-size:.85rem;overflow-wrap:anywhere}
+pre{overflow-x:auto;background:#f4f4f4;padding:.6rem}
 .wraps thead th{white-space:normal;min-width:4.5rem}.wraps tr>:first-child{white-space:normal;
 min-width:8rem;max-width:11rem;border-right:1px solid #ccc}td.published{color:#555}
 .results td small{display:block}.results thead th,.facts td{overflow-wrap:anywhere}

@@ -61,6 +61,8 @@ def _panel(axis: "Axes", table: PaperTable, column: Column, cells: list[Cell]) -
         bars = bars or [(PUBLISHED, "none", None, render_paper.published(table, cell, places))]
         top = row - height * (len(bars) - 1) / 2
         for k, (kind, color, value, text) in enumerate(bars):
+            if value is None and kind == OURS and cell.applies:
+                text += " ours: no result yet"
             if value is not None:
                 axis.barh(top + k * height, value, height * 0.9, color=color, label=kind)
             axis.annotate(
