@@ -28,17 +28,20 @@ def those_present(
     Optional ones that are not there are left out, and one printed line names them all and how to
     obtain them. One that is not optional, or that the caller has `named`, raises DataError.
     """
-    absent = {row.name: absent_splits(row, task) for row in rows}
+    found, lacking = [], []
     for row in rows:
-        if absent[row.name] and (row.name in named or not row.optional):
-            where = row.folder(absent[row.name][0])
-            how = _command(row, absent[row.name])
+        absent = absent_splits(row, task)
+        if not absent:
+            found.append(row)
+            continue
+        how = " && ".join(dict.fromkeys(row.command(split) for split in absent))
+        if row.name in named or not row.optional:
+            where = row.folder(absent[0])
             raise DataError(f"{row.name}: {where} is not there; obtain it with: {how}")
-    lacking = [row for row in rows if absent[row.name]]
+        lacking.append((how, row.name))
     if lacking:
-        pairs = [(_command(row, absent[row.name]), row.name) for row in lacking]
-        print(f"{task} without optional sets that are not there; {obtain(pairs)}")
-    return [row for row in rows if not absent[row.name]]
+        print(f"{task} without optional sets that are not there; {obtain(lacking)}")
+    return found
 
 
 def obtain(pairs: Iterable[tuple[str, str]]) -> str:
@@ -48,10 +51,6 @@ def obtain(pairs: Iterable[tuple[str, str]]) -> str:
         names.setdefault(command, []).append(name)
     how = "; ".join(f"{', '.join(sets)}: {command}" for command, sets in names.items())
     return f"obtain them with: {how}"
-
-
-def _command(row: EvalDataset, splits: Iterable[str]) -> str:
-    return " && ".join(dict.fromkeys(row.command(split) for split in splits))
 
 
 def class_folders(folder: Path) -> list[str]:
