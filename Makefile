@@ -49,6 +49,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.retrieval --checkpoint $(RUNS:%=$(RUN)/%) --datasets quickstart --output $(RUN)/results
 	$(BIN)/python -m eval.plots --runs $(RUNS:%=$(RUN)/%) --results $(RUN)/results --output $(RUN)/report
 	$(BIN)/python -m eval.tables $(RUN)/results
+	@echo "Everything on one page, for a browser: $(CURDIR)/$(RUN)/report/index.html"
 
 # More workers than the two cores of a runner, since long tests wait: for servers, time-outs, SLURM.
 WORKERS ?= 3

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.sources import own
-from eval.sources.presence import present
+from eval.sources.presence import those_present
 from eval.sources.registry import EvalDataset, Registry
 from loaders.errors import CommandParser, ConfigError, DataError, launched_rank
 from loaders.specs import as_path
@@ -79,7 +79,7 @@ def choose(
     name), and that are there: of `registry`, of `args.registry`, and of folders.
 
     Raises ConfigError as `Registry.select` and `Registry.add`, and for flags that belong to a
-    folder where none is given; DataError as `present` and `own.describe`, and where no set is left
+    folder where none is given; DataError as `those_present` and `own.describe`, and where no set is left
     or a model of `args.checkpoint` is not there.
     """
     task = listed or command
@@ -95,8 +95,7 @@ def choose(
             f"--protocol {protocol} is for sets that state it; of {folders[0]} give --templates, "
             "or a row in a --registry"
         )
-    selected = known.select(named, task, protocol)
-    found = [row for row in selected if present(row, task, row.name in named)]
+    found = those_present(known.select(named, task, protocol), task, named)
     found += [own.describe(folder, task, *texts) for folder in folders]
     if not found:
         raise DataError(f"none of {', '.join(args.datasets)} is there for {command}: nothing to do")

@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 from eval import rows
 from eval.report import paper_join, paper_tables, render, render_bars, render_names, render_paper
 from eval.report.table import Column, Line, Table
-from eval.sources.presence import absent_splits
+from eval.sources import presence
 from eval.sources.registry import EvalDataset, Registry
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
@@ -84,7 +84,7 @@ def _owed(touched: set[str], registry: Registry) -> tuple[set[str], list[EvalDat
     absent = [
         row
         for name, row in registry.datasets.items()
-        if name in owed - touched and row.optional and absent_splits(row)
+        if name in owed - touched and row.optional and presence.absent_splits(row)
     ]
     return owed - {row.name for row in absent}, absent
 
@@ -111,11 +111,8 @@ def _columns(found: list[dict], owed: set[str], registry: Registry) -> list[Colu
 
 def _left_out(absent: list[EvalDataset]) -> list[str]:
     """One note with the sets that are not there and the commands that make them; or none."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for row in absent:
-        names[row.obtain].append(row.name)
-    how = "; ".join(f"{', '.join(sets)}: {command}" for command, sets in names.items())
-    return [f"Optional sets that are not there; obtain them with: {how}"] if absent else []
+    how = presence.obtain((row.obtain, row.name) for row in absent)
+    return [f"Optional sets that are not there; {how}"] if absent else []
 
 
 def join(found: list[dict], folder: Path, registry: Registry | None = None) -> Table:
@@ -157,7 +154,7 @@ def join(found: list[dict], folder: Path, registry: Registry | None = None) -> T
         row.obtain
         for row in registry.datasets.values()
         if any(column.dataset == row.name and column.n is None for column in columns)
-        and absent_splits(row)
+        and presence.absent_splits(row)
     ]
     commands = [*dict.fromkeys(commands), *_commands(lines, columns, folder, registry)]
     clip_art = {row["dataset"] for row in found} <= set(registry.collections.get("quickstart", []))

@@ -1,6 +1,7 @@
 """Which sets are on disk. Needs no torch, so that commands answer at once."""
 
 import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from eval.sources.registry import EvalDataset
@@ -29,21 +30,37 @@ def absent_splits(row: EvalDataset, task: str | None = None) -> list[str]:
     return [s for s in needed if not row.folder(s).is_dir()]
 
 
-def present(row: EvalDataset, task: str | None = None, required: bool = False) -> bool:
-    """Whether the splits of `row` that `task` reads are on disk.
+def those_present(
+    rows: Sequence[EvalDataset], task: str, named: Collection[str]
+) -> list[EvalDataset]:
+    """Of `rows` those whose splits that `task` reads are on disk.
 
-    Absent and optional: prints how to obtain it and returns False. Absent and `required` or not
-    optional: raises DataError.
+    Optional ones that are not there are left out, and one printed line names them all and how to
+    obtain them. One that is not optional, or that the caller has `named`, raises DataError.
     """
-    absent = absent_splits(row, task)
-    if not absent:
-        return True
-    message = f"{row.name}: {row.folder(absent[0])} is not there; obtain it with: "
-    message += " && ".join(dict.fromkeys(row.command(split) for split in absent))
-    if required or not row.optional:
-        raise DataError(message)
-    print(f"skipped {message}")
-    return False
+    found, lacking = [], []
+    for row in rows:
+        absent = absent_splits(row, task)
+        if not absent:
+            found.append(row)
+            continue
+        how = " && ".join(dict.fromkeys(row.command(split) for split in absent))
+        if row.name in named or not row.optional:
+            where = row.folder(absent[0])
+            raise DataError(f"{row.name}: {where} is not there; obtain it with: {how}")
+        lacking.append((how, row.name))
+    if lacking:
+        print(f"{task} without optional sets that are not there; {obtain(lacking)}")
+    return found
+
+
+def obtain(pairs: Iterable[tuple[str, str]]) -> str:
+    """'obtain them with: a, b: COMMAND; c: OTHER' of (command, name of a set) pairs."""
+    names: dict[str, list[str]] = {}
+    for command, name in pairs:
+        names.setdefault(command, []).append(name)
+    how = "; ".join(f"{', '.join(sets)}: {command}" for command, sets in names.items())
+    return f"obtain them with: {how}"
 
 
 def class_folders(folder: Path) -> list[str]:

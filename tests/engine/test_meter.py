@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.log import format_line
-from engine.meter import TAKEN
+from engine.meter import TAKEN, Meter
 from losses import multitask
 from tests import multiprocess
 from tests.commands import CONFIG, ROOT
@@ -173,3 +173,23 @@ def test_a_window_of_an_earlier_version_goes_on(found):
     for each in ranks:
         assert each["old"]["loss"] == (6 + 4 + 8 + 8) / 6
         assert each["old"]["a"] == 1.5
+
+
+def test_each_half_of_the_batch_has_its_floor():
+    """The mean of log |P(i)| over its rows, also behind a window of an earlier version."""
+    labels, positives = torch.tensor([7, -1, 7, -2, -2]), torch.tensor([4, 1, 4, 2, 3])
+    out = {"loss": torch.tensor(1.0), "sample_loss": torch.rand(5), "positives": positives}
+    meter = Meter(torch.device("cpu"))
+    # Twelve sums, of a step of two rows of labels with 8 positives each, and a scalar.
+    meter.restore(
+        {"rows": [[1, 1, 2, 2 * math.log(8), 16, 2, 1, 0, 0, 0, 0, 1, 5]], "scalars": ["a"]}
+    )
+    meter.add({**out, "a": torch.tensor(7.0)}, labels, 0, torch.tensor(False))
+    first, _ = meter.read()
+    assert first["floor"] == pytest.approx((2 * math.log(8) + math.log(4 * 4 * 2 * 3)) / 7)
+    assert first["a"] == 6
+    meter.add({**out, "a": torch.tensor(7.0)}, labels, 0, torch.tensor(False))
+    record, _ = meter.read()
+    assert record["floor_image_label"] == pytest.approx(math.log(4))
+    assert record["floor_image_text"] == pytest.approx((math.log(2) + math.log(3)) / 3)
+    assert record["floor"] == pytest.approx(math.log(4 * 4 * 2 * 3) / 5)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from eval.report import palette
 from loaders.errors import DataError
 from studies import _cells, _costs, _evaluations, _statistics, _study, report
 from tests.studies.parts import study_file, write_cell
@@ -184,7 +185,7 @@ def test_pictures_fit_500_pixels(tmp_path, capsys):
     show(path, capsys)
     for name in ("measures", "costs", "differences"):
         with Image.open(tmp_path / f"out/report/{name}.png") as image:
-            assert image.width <= 500
+            assert image.width <= 500 * palette.DENSITY
             assert len(image.convert("RGB").getcolors(1 << 20)) > 5
 
 
