@@ -79,8 +79,8 @@ def choose(
     name), and that are there: of `registry`, of `args.registry`, and of folders.
 
     Raises ConfigError as `Registry.select` and `Registry.add`, and for flags that belong to a
-    folder where none is given; DataError as `those_present` and `own.describe`, and where no set is left
-    or a model of `args.checkpoint` is not there.
+    folder where none is given; DataError as `those_present` and `own.describe`, and where no set
+    is left or a model of `args.checkpoint` is not there.
     """
     task = listed or command
     known = Registry(registry, args.data_root)
