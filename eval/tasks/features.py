@@ -29,6 +29,8 @@ Features = dict[str, torch.Tensor]
 # Of a model with `similarity: late`; the mask belongs to texts. Both are kept as float32: 16 bits
 # would halve the file and move scores by 1e-4, enough to decide between neighbours.
 TOKENS = ("token_features", "token_mask")
+# Methods (`loss.name`) that train the image tower alone, and of it what is before the projection.
+IMAGES_ALONE = frozenset({"cross_entropy", "moco", "simclr", "supcon"})
 INITIAL_DEVIATION = 0.02  # of the weights of a random head
 
 
@@ -119,7 +121,11 @@ def cached(
 
 @dataclass
 class Extractor:
-    """One frozen model with its tokenizer, transform and feature cache."""
+    """One frozen model with its tokenizer, transform and feature cache.
+
+    `method` is the run's `loss.name`, None where nothing says it. `embedding` names the one vector
+    of an image that the training compared or classified by.
+    """
 
     accelerator: Accelerator
     run: LoadedRun
@@ -130,6 +136,8 @@ class Extractor:
     def __post_init__(self) -> None:
         config = ModelConfig.from_dict(self.run.cfg["model"])
         self.late = config.similarity == "late"
+        self.method = (self.run.cfg.get("loss") or {}).get("name")
+        self.embedding = "pooled" if self.late or self.method in IMAGES_ALONE else "feature"
         self.size = config.image.size
         self.transform = Transform.of(config)
         self.tokenizer = loading.tokenizer(config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval.tasks import growing_files
 from eval.tasks.evaluation import make_accelerator
-from eval.tasks.features import TOKENS, Extractor, Features
+from eval.tasks.features import IMAGES_ALONE, TOKENS, Extractor, Features
 from eval.tasks.pictures import Item, Pictures
 from eval.tasks.scores import compare
 from loaders.decoders import decoder
@@ -25,8 +25,6 @@ from loaders.workers import GuardedLoader
 from models import weights
 from models.transform import Transform
 
-# Methods (`loss.name`) that train the image tower alone, and of it what is before the projection.
-IMAGES_ALONE = frozenset({"cross_entropy", "moco", "simclr", "supcon"})
 WIDEST = 40  # characters of a class name in the printed table
 
 
@@ -96,8 +94,9 @@ def run(args: argparse.Namespace, pictures: Pictures, shown: list[str], texts: l
     if accelerator.num_processes > 1:
         raise ConfigError("eval.predict runs in one process; give each its own share of the images")
     loaded = weights.load(args.checkpoint)
-    kept = _embedded(loaded, args)
+    _check(loaded, args)
     extractor = Extractor(accelerator, loaded, None, args.batch_size, args.workers)
+    kept = extractor.embedding
     with torch.inference_mode(), ExitStack() as opened:
         classify = Classifier(extractor, texts, args.templates) if shown else None
         table = opened.enter_context(growing_files.growing(args.output)) if args.output else None
@@ -118,11 +117,10 @@ def run(args: argparse.Namespace, pictures: Pictures, shown: list[str], texts: l
     return _summary(args, loaded, used, bad, kept, len(shown))
 
 
-def _embedded(loaded: weights.LoadedRun, args: argparse.Namespace) -> str:
-    """Which feature of an image is its embedding. Raises ConfigError for what there is none of."""
+def _check(loaded: weights.LoadedRun, args: argparse.Namespace) -> None:
+    """Raise ConfigError for what the model was not trained for."""
     method = (loaded.cfg.get("loss") or {}).get("name")
-    alone = method in IMAGES_ALONE
-    if args.classes and alone:
+    if args.classes and method in IMAGES_ALONE:
         raise ConfigError(
             f"{loaded.name}: trained with loss.name={method}, which sees no texts, so nothing "
             "connects its images with names of classes; leave --classes out and give --embed, or "
@@ -133,7 +131,6 @@ def _embedded(loaded: weights.LoadedRun, args: argparse.Namespace) -> str:
             f"{loaded.name}: model.similarity=late compares tokens, and no one vector of an image "
             "is trained; leave --embed out (--classes works)"
         )
-    return "pooled" if alone else "feature"
 
 
 def _batches(extractor: Extractor, pictures: Pictures, bad: Counter) -> Iterator[Batch]:
