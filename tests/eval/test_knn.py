@@ -52,7 +52,7 @@ def test_command_writes_rows(world, tmp_path):
 
 @pytest.mark.parametrize("method", ["clip", "supcon"])
 def test_a_projection_that_is_not_trained_decides_nothing(world, tmp_path, method):
-    """Two runs of one trunk with projections of their own: alike where the trunk alone is trained."""
+    """Two runs of one trunk with their own projections: alike where the trunk alone is trained."""
     registry = yaml.safe_load((world / "registry.yaml").read_text())
     registry["datasets"]["toy_classes"]["tasks"]["knn"] = ["top1", "mean_per_class"]
     (tmp_path / "registry.yaml").write_text(yaml.safe_dump(registry))
