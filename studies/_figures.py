@@ -67,15 +67,14 @@ def draw_costs(report: Report, path: Path) -> None:
     inches = (WIDTH, 2.3 * len(names) + 0.16 * keys + 0.4)
     figure, axes = figures.new_figure(len(names), 1, inches)
     for axis, name in zip(axes[:, 0], names, strict=True):
-        for number, (arm, cost) in enumerate(minutes.items(), 1):
-            if (mean := report.mean(arm, name)) is not None:
-                half = mean.half or 0
-                axis.errorbar(cost, mean.mean, yerr=half, color=GREY, elinewidth=0.8, capsize=2)
-                axis.text(
-                    cost, mean.mean, str(number), color=BLUE, ha="center", va="center",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-                )  # fmt: skip
+        shown = {n: (c, report.mean(arm, name)) for n, (arm, c) in enumerate(minutes.items(), 1)}
+        shown = {n: (cost, mean) for n, (cost, mean) in shown.items() if mean is not None}
+        for cost, mean in shown.values():
+            half = mean.half or 0
+            axis.errorbar(cost, mean.mean, yerr=half, color=GREY, elinewidth=0.8, capsize=2)
+            axis.plot(cost, mean.mean, ".", color=BLUE, markersize=4)
         axis.margins(0.08, 0.12)
+        _number(axis, {n: (cost, mean.mean) for n, (cost, mean) in shown.items()})
         title = _statistics.label(name, report.measures[name])
         axis.set_title(figures.wrapped(title, 58, 2), loc="left")
         axis.grid(True)
@@ -84,3 +83,32 @@ def draw_costs(report: Report, path: Path) -> None:
     for place, part in enumerate((lines[:keys], lines[keys:])):
         figure.text(0.06 + 0.5 * place, -0.01, "\n".join(part), va="top")
     figures.save(figure, path)
+
+
+def _number(axis, points: dict[int, tuple[float, float]]) -> None:
+    """A number beside each point, where no other number and no other point is; a line where that
+    is not next to it."""
+    if not points:
+        return
+    axis.autoscale_view()  # else the limits are those of an empty panel
+    data = axis.transData + axis.transAxes.inverted()
+    at = {number: data.transform(point) for number, point in points.items()}
+    size, taken = np.array([0.045, 0.09]), []  # of a number, in parts of the panel
+    offsets = [(x, y) for x in np.arange(-8, 9) for y in np.arange(-8, 9) if (x, y) != (0, 0)]
+    offsets.sort(key=lambda offset: (np.hypot(*offset), offset))
+    for number, point in sorted(at.items(), key=lambda item: tuple(item[1])):
+        others = [other for n, other in at.items() if n != number]
+        for offset in offsets:
+            place = point + np.array(offset) * size * 0.75
+            inside = np.all((place > size / 2) & (place < 1 - size / 2))
+            far = all(np.any(np.abs(place - other) > size) for other in taken)
+            clear = all(np.any(np.abs(place - other) > size * 0.6) for other in others)
+            if inside and far and clear:
+                break
+        else:
+            place = point
+        taken.append(place)
+        axis.annotate(
+            str(number), point, place, "axes fraction", "axes fraction", color=BLUE,
+            ha="center", va="center", arrowprops={"arrowstyle": "-", "color": BLUE, "lw": 0.4},
+        )  # fmt: skip
