@@ -13,10 +13,12 @@ embedding size.
 
 import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from losses import _classes
 from losses._gather import Gather, Ranks
 from losses._tiles import TILE, Ids, Tiles
 
@@ -51,6 +53,15 @@ def backend(x: Tensor, y: Tensor, scale: Tensor, excluded: Ids | None, walk: Wal
     if walk.precision == torch.bfloat16:
         x, y = x.bfloat16(), y.bfloat16()
     return KernelTiles(x, y, scale, excluded)
+
+
+def of_classes(x: Tensor) -> ModuleType:
+    """The functions of `losses._classes` for features like x, chosen as `backend` chooses."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return _classes
+    from losses import _kernels_classes
+
+    return _kernels_classes
 
 
 class Place:
@@ -95,17 +106,21 @@ class Block(Place):
         gather, paired: as for `Place`.
 
     Attributes:
-        x, y: (n, D), (m, D) of the block, in float32, or the type of x if wider.
+        x, y: (n, D), (m, D) of the block, in float32, or the type of x if wider; on one GPU alone
+            bfloat16 features stay what they are, since no sum of ranks is taken of them.
+        dtype: float32, or the type of x if wider: of scales, sums and results.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, gather: Gather, walk: Walk = WALK, paired: bool = False
     ):
         super().__init__(x, y, gather, paired)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
         exact = x.dtype == y.dtype == torch.bfloat16
         self.walk = replace(walk, precision=torch.bfloat16) if exact else walk
-        self.x, self.y = self.rows(x.to(dtype)), self.columns(y.to(dtype))
+        if not (exact and x.is_cuda and gather.world_size == 1):
+            x, y = x.to(self.dtype), y.to(self.dtype)
+        self.x, self.y = self.rows(x), self.columns(y)
 
     def normalisers(
         self, scale: Tensor, exclude: Ids | None = None, classes: "Classes | None" = None
@@ -115,14 +130,14 @@ class Block(Place):
         The last is empty without `classes`.
         """
         excluded = None if exclude is None else (self.rows(exclude[0]), self.columns(exclude[1]))
-        scale = scale.to(self.x.dtype).reshape(())
+        scale = scale.to(self.dtype).reshape(())
         return _Normalisers.apply(self.x, self.y, scale, self, excluded, classes)
 
     def sigmoid_share(
         self, scale: Tensor, bias: Tensor, classes: "Classes | None" = None
     ) -> tuple[Tensor, Tensor]:
         """The part of `losses._core.sigmoid_sum` that this block is, and as `normalisers`."""
-        scale, bias = (value.to(self.x.dtype).reshape(()) for value in (scale, bias))
+        scale, bias = (value.to(self.dtype).reshape(()) for value in (scale, bias))
         return _Sigmoids.apply(self.x, self.y, scale, bias, self, classes)
 
 
@@ -134,8 +149,8 @@ class Classes:
 
     Args:
         block: rows and columns are the same samples.
-        ids: (B,) label of every sample of all ranks, from 0, see `losses._core.global_labels`.
-        counts: (B,) samples of each label, at least up to the largest label.
+        ids: (B,) class of every sample of all ranks, see `losses._classes.numbered`.
+        counts: (B,) samples of each class, at least up to the largest id.
     """
 
     def __init__(self, block: Block, ids: Tensor, counts: Tensor):
@@ -147,35 +162,34 @@ class Classes:
             ids
         ):  # the class sums of the whole batch would be larger than the block
             both = torch.cat(sides)
-            numbered = number(both)
-            counts = counts.new_ones(len(both)).scatter_(0, numbered, counts[both])
-            sides = numbered.split(sizes)
+            numbers = _classes.number(both)
+            counts = counts.new_ones(len(both)).scatter_(0, numbers, counts[both])
+            sides = numbers.split(sizes)
         self.row_ids, self.column_ids = sides
-        self.counts = counts.clamp(min=1)  # beyond the largest label it is 0
+        self.counts = counts.clamp(min=1)  # 0 for what is no id
 
-    def means(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Sum of the given features of each label over its count in the global batch."""
-        shape = len(self.counts), features.shape[1]
-        return features.new_zeros(shape).index_add_(0, ids, features).div_(self.counts[:, None])
+    def text_means(self, y: Tensor) -> Tensor:
+        """(C, D): the mean text of each class over the global batch, the part of this block."""
+        return of_classes(y).means(y, self.column_ids, self.counts)
 
-    def add_gradients(
-        self, x: Tensor, text_means: Tensor, weights: Tensor, grad_x: Tensor, grad_y: Tensor
-    ) -> None:
-        """Add, in place, the gradients of sum_i weights_i x_i . Y_c(i) / n_c(i)."""
-        grad_x.addcmul_(text_means[self.row_ids], weights[:, None])
-        image_means = self.means(x * weights[:, None], self.row_ids)
-        grad_y.add_(image_means[self.column_ids])
+    def finish(
+        self,
+        x: Tensor,
+        text_means: Tensor,
+        weights: Tensor,
+        scale: Tensor,
+        grads: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale gradients after adding those of sum_i weights_i x_i . Y_c(i) / n_c(i).
 
-
-def number(labels: Tensor) -> Tensor:
-    """Numbers from 0 without gaps, equal exactly where labels (k,) int64 are equal; in their order.
-
-    As the inverse of `torch.unique`, for which the host would wait for the device.
-    """
-    ordered, order = torch.sort(labels, stable=True)
-    new = torch.zeros_like(labels)
-    new[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(labels).scatter_(0, order, new.cumsum(0))
+        Returns:
+            Gradients of x and y, and that of the scale.
+        """
+        ops, (grad_x, grad_y) = of_classes(x), grads
+        image_means = ops.means(x, self.row_ids, self.counts, weights)
+        grad_x, of_scale = ops.finish(grad_x, scale, x, text_means, self.row_ids, weights)
+        grad_y, _ = ops.finish(grad_y, scale, table=image_means, ids=self.column_ids)
+        return grad_x, grad_y, of_scale
 
 
 class _Normalisers(torch.autograd.Function):
@@ -185,14 +199,16 @@ class _Normalisers(torch.autograd.Function):
     def forward(ctx, x, y, scale, block, excluded, classes):
         tiles = backend(x, y, scale, excluded, block.walk)
         row_lse, column_lse = tiles.forward()
-        text_means = None if classes is None else classes.means(y, classes.column_ids)
-        terms = [] if classes is None else [scale * (x * text_means[classes.row_ids]).sum(1)]
+        text_means = None if classes is None else classes.text_means(y)
+        terms = []
+        if classes is not None:
+            terms = [scale * of_classes(x).dots(x, text_means, classes.row_ids)]
         row_lse, *terms = combine(block.gather.row, row_lse, *terms)
         (column_lse,) = combine(block.gather.column, column_lse)
         ctx.tiles, ctx.block, ctx.classes = tiles, block, classes
         ctx.save_for_backward(x, scale, row_lse, column_lse, text_means)
-        positive = terms[0][block.own_rows].clone() if terms else x.new_zeros(0)
-        return row_lse[block.own_rows].clone(), column_lse[block.own_columns].clone(), positive
+        positive = _own(terms[0], block.own_rows) if terms else x.new_zeros(0)
+        return _own(row_lse, block.own_rows), _own(column_lse, block.own_columns), positive
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -200,12 +216,8 @@ class _Normalisers(torch.autograd.Function):
         x, scale, row_lse, column_lse, text_means = ctx.saved_tensors
         block, classes = ctx.block, ctx.classes
         of_rows, of_columns = block.rows(of_rows), block.columns(of_columns)
-        grad_x, grad_y = ctx.tiles.backward(row_lse, column_lse, of_rows, of_columns)
-        if classes is not None:
-            weights = block.rows(of_positive)
-            classes.add_gradients(x, text_means, weights, grad_x, grad_y)
-        grad_scale = (x * grad_x).sum()
-        return grad_x.mul_(scale), grad_y.mul_(scale), grad_scale, None, None, None
+        grads = ctx.tiles.backward(row_lse, column_lse, of_rows, of_columns)
+        return *_finish(block, classes, x, text_means, of_positive, scale, grads), None, None, None
 
 
 class _Sigmoids(torch.autograd.Function):
@@ -216,9 +228,9 @@ class _Sigmoids(torch.autograd.Function):
         tiles = backend(x, y, scale, None, block.walk)
         share, positive, text_means = tiles.softplus_sum(bias), x.new_zeros(0), None
         if classes is not None:
-            text_means = classes.means(y, classes.column_ids)
-            positive = scale * (x * text_means[classes.row_ids]).sum(1)
-            positive = block.gather.row.sum_(positive)[block.own_rows].clone()
+            text_means = classes.text_means(y)
+            positive = scale * of_classes(x).dots(x, text_means, classes.row_ids)
+            positive = _own(block.gather.row.sum_(positive), block.own_rows)
         ctx.tiles, ctx.block, ctx.classes = tiles, block, classes
         ctx.save_for_backward(x, scale, bias, text_means)
         return share, positive
@@ -230,12 +242,24 @@ class _Sigmoids(torch.autograd.Function):
         grad_x, grad_y, total = ctx.tiles.sigmoid_gradients(bias)
         grad_x.mul_(of_share)
         grad_y.mul_(of_share)
-        if ctx.classes is not None:
-            weights = ctx.block.rows(of_positive)
-            ctx.classes.add_gradients(x, text_means, weights, grad_x, grad_y)
-        grad_scale = (x * grad_x).sum()
-        grad_x, grad_y = grad_x.mul_(scale), grad_y.mul_(scale)
-        return grad_x, grad_y, grad_scale, total * of_share, None, None
+        finished = _finish(
+            ctx.block, ctx.classes, x, text_means, of_positive, scale, (grad_x, grad_y)
+        )
+        return *finished, total * of_share, None, None
+
+
+def _finish(block, classes, x, text_means, of_positive, scale, grads) -> tuple[Tensor, ...]:
+    """Gradients of x, y and scale from G y and G^T x, and with classes from their positives'."""
+    if classes is not None:
+        return classes.finish(x, text_means, block.rows(of_positive), scale, grads)
+    ops = of_classes(x)
+    grad_x, of_scale = ops.finish(grads[0], scale, x)
+    return grad_x, ops.finish(grads[1], scale)[0], of_scale
+
+
+def _own(values: Tensor, own: slice) -> Tensor:
+    """Those of this rank, not as a view of the others."""
+    return values if own == slice(0, len(values)) else values[own].clone()
 
 
 def combine(ranks: Ranks, lse: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses._block import WALK, Block, Classes, Walk, number
+from losses._block import WALK, Block, Classes, Walk, of_classes
 from losses._gather import Gather
 from losses._tiles import TILE, Ids
 
@@ -55,14 +55,9 @@ def global_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
             with a label of its own, <= -2 for a group of pairs with equal captions.
 
     Returns:
-        ids (B,) from 0 without gaps, equal exactly where labels are equal; counts (B,), samples of
-        each id, 0 beyond the largest. The argument is not changed.
+        ids (B,) and counts (B,), see `losses._classes.numbered`. The argument is not changed.
     """
-    if labels.numel() == 0:
-        return labels, labels
-    own = labels.max().clamp(min=-1) + 1 + torch.arange(len(labels), device=labels.device)
-    ids = number(torch.where(labels == -1, own, labels))
-    return ids, torch.zeros_like(ids).scatter_add_(0, ids, torch.ones_like(ids))
+    return of_classes(labels).numbered(labels)
 
 
 def normalisers(

@@ -82,8 +82,7 @@ class KernelTiles:
 
         It is -inf for a row or column of which every pair is excluded.
         """
-        row_lse = self.scale.new_full((len(self.x),), -torch.inf)
-        column_lse = self.scale.new_full((len(self.y),), -torch.inf)
+        row_lse, column_lse = (self._of_nothing(len(side)) for side in (self.x, self.y))
         for slab in self._slabs(self.given):
             walk = max(1, slab.row_blocks * slab.column_blocks // WALKS)
             groups = triton.cdiv(slab.column_blocks, walk)
@@ -97,9 +96,15 @@ class KernelTiles:
                 walk=walk,
                 SPREAD=SAFE_SPREAD,
             )
-            _combine(row_parts, row_lse[slab.rows])
-            _combine(column_parts, column_lse[slab.columns])
+            _combine(row_parts, row_lse[slab.rows], first=slab.columns.start == 0)
+            _combine(column_parts, column_lse[slab.columns], first=slab.rows.start == 0)
         return row_lse, column_lse
+
+    def _of_nothing(self, count: int) -> Tensor:
+        """(count,) that the first parts are written into; what it is where there are none."""
+        if len(self.x) and len(self.y):
+            return self.scale.new_empty(count)
+        return self.scale.new_full((count,), -torch.inf)
 
     def backward(
         self, row_lse: Tensor, column_lse: Tensor, row_weights: Tensor, column_weights: Tensor
@@ -169,16 +174,21 @@ class KernelTiles:
 
     def _gradients(self, weigh: Callable[["_Slab", Tensor], None]) -> tuple[Tensor, Tensor]:
         """G y and G^T x; `weigh` writes G of a slab into its second argument."""
-        grad_x, grad_y = (torch.zeros_like(t, dtype=torch.float32) for t in (self.x, self.y))
+        grads: tuple[Tensor, ...] = ()
         for slab in self._slabs(scratch=True):
             weigh(slab, slab.scratch)
             of_x = _product(slab.scratch, self.y[slab.columns])
             of_y = _product(slab.scratch.t(), self.x[slab.rows])
             if slab.n == len(self.x) and slab.m == len(self.y):
                 return of_x, of_y
-            grad_x[slab.rows].add_(of_x)
-            grad_y[slab.columns].add_(of_y)
-        return grad_x, grad_y
+            grads = grads or self._zeros()
+            grads[0][slab.rows].add_(of_x)
+            grads[1][slab.columns].add_(of_y)
+        return grads or self._zeros()
+
+    def _zeros(self) -> tuple[Tensor, Tensor]:
+        x, y = (torch.zeros_like(side, dtype=torch.float32) for side in (self.x, self.y))
+        return x, y
 
     def _slabs(self, scratch: bool) -> Iterator["_Slab"]:
         """Parts of S of at most SLAB rows; with a scratch, of as many columns as fit it."""
@@ -249,11 +259,14 @@ class _Slab:
             )
 
 
-def _combine(parts: Tensor, totals: Tensor) -> None:
-    """totals (k,) becomes the logsumexp of itself and parts (count, k), over the parts."""
+def _combine(parts: Tensor, totals: Tensor, first: bool) -> None:
+    """totals (k,) becomes the logsumexp of parts (count, k) over the parts, and of itself unless
+    these are the first."""
     with torch.cuda.device_of(parts):
         grid = (triton.cdiv(len(totals), 128),)
-        kernels.combine[grid](parts, totals, *parts.shape, PARTS=32, BLOCK=128, num_warps=4)
+        kernels.combine[grid](
+            parts, totals, *parts.shape, FIRST=first, PARTS=32, BLOCK=128, num_warps=4
+        )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

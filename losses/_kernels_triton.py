@@ -149,10 +149,21 @@ def logsumexps(
 
 
 @triton.jit(do_not_specialize=["count", "length"])
-def combine(parts, totals, count, length, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """totals (length,) = logsumexp of itself and of parts (count, length), over the parts."""
+def combine(
+    parts,
+    totals,
+    count,
+    length,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """totals (length,) = logsumexp of parts (count, length) over the parts; unless FIRST, of itself
+    as well."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    shift = tl.load(totals + at, mask=at < length, other=float("-inf"))
+    shift = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    if not FIRST:
+        shift = tl.load(totals + at, mask=at < length, other=float("-inf"))
     total = tl.exp(shift - _finite(shift))
     for start in range(0, count, PARTS):
         part = start + tl.arange(0, PARTS)

@@ -53,7 +53,7 @@ def supcon_loss(
     # Both views of a rank as rows and as columns of one block, in which no view meets itself.
     views = torch.cat([first, second])
     block = Block(views, views, gather, walk, paired=True)
-    views = views.to(block.x.dtype)
+    views = views.to(block.dtype)
     itself = 2 * start + torch.arange(len(views), device=views.device)
     classes = Classes(block, torch.cat([part.repeat(2) for part in parts]), 2 * counts)
     scale = views.new_full((), 1 / temperature)

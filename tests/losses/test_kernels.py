@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses import _block, _core
+from losses import _block, _classes, _core
 from losses._gather import Gather
 
 pytest.importorskip("triton")
 
-from losses import _kernels
+from losses import _kernels, _kernels_classes
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -102,6 +102,14 @@ def test_the_core_is_the_same_on_tiles_and_on_kernels(found, result):
     errors = found[result]
     assert errors.pop("blocks") == 1
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_sums_by_class_equal_dense_float64(found, kind):
+    errors = found["classes"][kind]
+    assert errors.pop("ids") == 0
+    assert errors.pop("counts") == 0
+    assert max(errors.values()) < 2e-6, errors
 
 
 def test_gradients_of_bfloat16_are_no_worse_than_those_of_a_dense_loss(found):
@@ -240,17 +248,65 @@ def core_errors(call) -> dict[str, float]:
         return blocks[-1]
 
     runs, chosen = [], _block.backend
-    for backend in (chosen, on_kernels):
+    for backend, of_classes in ((chosen, _classes), (on_kernels, _kernels_classes)):
         _block.backend = backend
+        _block.of_classes = _core.of_classes = lambda x, chosen=of_classes: chosen
         results = call(*leaves)
         total = sum((result * torch.arange(1, result.numel() + 1)).sum() for result in results)
         runs.append([*results, *torch.autograd.grad(total, leaves)])
     _block.backend = chosen
+    _block.of_classes = _core.of_classes = lambda x: _classes
     errors = {
         str(k): distance(b.detach(), a.detach().double()) / float(a.detach().abs().max())
         for k, (a, b) in enumerate(zip(*runs, strict=True))
     }
     return {**errors, "blocks": len(blocks)}
+
+
+def class_errors(dtype: torch.dtype) -> dict[str, float]:
+    """Largest errors of `losses._kernels_classes` over batches that cut its blocks, relative to
+    the largest value."""
+    worst: dict[str, float] = {}
+    # One class of all, more members than a step takes, classes of one, groups of equal captions.
+    batches = [
+        torch.zeros(37, dtype=torch.int64),
+        torch.arange(5),
+        torch.full((9,), -1),
+        torch.randint(-4, 3, (150,)),
+        torch.tensor([2**40, 5, -1, 2**40, -7, -1, -7]),
+    ]
+    for labels in batches:
+        count, width = len(labels), 300 if len(labels) > 100 else 7
+        ids, counts = _kernels_classes.numbered(labels)
+        same = (labels[:, None] == labels) & (labels != -1) | torch.eye(count, dtype=torch.bool)
+        found = {"ids": ((ids[:, None] == ids) != same).sum(), "counts": 0.0}
+        found["counts"] = (counts[ids] - same.sum(1)).abs().max() + abs(counts.sum() - count)
+        x, table = torch.randn(count, width).to(dtype), torch.randn(count, width)
+        weights, scale, grad = torch.randn(count), torch.tensor(3.0), torch.randn(count, width)
+        wide, member = x.double(), same.double()
+        for name, w in (("means", None), ("weighted", weights)):
+            exact = (
+                member
+                @ (wide if w is None else wide * w.double()[:, None])
+                / member.sum(1)[:, None]
+            )
+            found[name] = _error(_kernels_classes.means(x, ids, counts.clamp(min=1), w)[ids], exact)
+        picked = table[ids].double()
+        found["dots"] = _error(_kernels_classes.dots(x, table, ids), (wide * picked).sum(1))
+        for name, w in (("plain", None), ("all", weights)):
+            exact = grad.double() + picked * (1.0 if w is None else w.double()[:, None])
+            made, total = _kernels_classes.finish(grad.clone(), scale, x, table, ids, w)
+            found[name] = _error(made, 3 * exact)
+            found[f"{name}_total"] = abs(float(total - (wide * exact).sum())) / count
+        made, total = _kernels_classes.finish(grad.clone(), scale)
+        found["scaled"] = _error(made, 3 * grad.double()) + (total is not None)
+        worst = {name: max(float(value), worst.get(name, 0.0)) for name, value in found.items()}
+    return worst
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    assert found.dtype == torch.float32
+    return float((found.double() - exact).abs().max() / exact.abs().max())
 
 
 def accuracy() -> dict[str, float]:
@@ -307,6 +363,7 @@ def measure_all() -> dict[str, dict[str, float]]:
         "contrast": core_errors(lambda x, y, s: [_core.contrast(x, y, labels, s, Gather()).loss]),
         "normalisers": core_errors(lambda x, y, s: _core.normalisers(x, y, s, Gather(), ids)),
         "sigmoid_sum": core_errors(lambda x, y, s: [_core.sigmoid_sum(x, y, s, bias, Gather())]),
+        "classes": {str(t).split(".")[1]: class_errors(t) for t in (torch.float32, torch.bfloat16)},
         "accuracy": accuracy(),
         "nan": count_nan(),
         "far_below": far_below(),

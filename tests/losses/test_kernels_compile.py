@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from losses import _kernels, _kernels_triton  # noqa: E402
+from losses import _kernels, _kernels_classes, _kernels_triton  # noqa: E402
 from tests.losses.test_kernels import KINDS, Case, make  # noqa: E402
 
 
@@ -48,7 +48,7 @@ class Compiler:
         self.shared, self.stack = compiled.metadata.shared, stack_bytes(compiled.asm["cubin"])
 
 
-MULTIPLES = "D", "stride"  # of these multiples of 16 are compiled in
+MULTIPLES = "D", "stride", "count", "width"  # of these multiples of 16 are compiled in
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
@@ -111,3 +111,19 @@ def test_kernels_compile_for_a_gpu(
     chosen = launched[kernel.replace("sigmoid", "pair_weights")]
     assert chosen.shared <= 100 * 1024
     assert chosen.stack <= 256
+
+
+def test_sums_by_class_compile_for_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = {}
+    for name in ("_segments", "_class_means", "_dots", "_finish"):
+        made[name] = Compiler(getattr(_kernels_classes, name), 90)
+        monkeypatch.setattr(_kernels_classes, name, made[name])
+    x, table, weights = torch.zeros(32, 512).bfloat16(), torch.zeros(32, 512), torch.zeros(32)
+    ids, counts = _kernels_classes.numbered(torch.zeros(32, dtype=torch.int64))
+    _kernels_classes.means(x, ids, counts, weights)
+    _kernels_classes.dots(x, table, ids)
+    _kernels_classes.finish(table, torch.zeros(()), x, table, ids, weights)
+    for name, compiler in made.items():
+        assert compiler.shared <= 48 * 1024, name
+        assert compiler.stack == 0, name
