@@ -8,7 +8,8 @@ and `paper` (at least 0.08), bfloat16 under ZeRO-1. The pictures and captions ar
 `benchmarks.loader`: 256 synthetic JPEGs (quality 90) under many names, so the tars lie in the
 page cache and the disk plays no part. Speed and the time that a step waited for its data are what
 the run logs, over its last steps. Section `small` has ResNet-18 at 64 pixels, whose steps take so
-little that the loader is what limits.
+little that the loader is what limits. Section `quickstart` is the quickstart's own configuration
+with its data, 512 samples a step in one piece and in four, whose texts change shape at every step.
 """
 
 import json
@@ -42,6 +43,8 @@ TOWERS = {
         "text": {"width": 128, "layers": 2, "heads": 2}, "embed_dim": 128,
     },
 }  # fmt: skip
+# Samples per second of 512 in so many pieces, at least.
+QUICKSTART = {1: 11_100, 4: 2_560}
 CROPS = {"clip": "at least 0.9", "paper": "at least 0.08"}
 
 
@@ -83,15 +86,35 @@ def train(
     }  # fmt: skip
     path = folder / "end_to_end.yaml"
     path.write_text(yaml.safe_dump(config))
+    return logged(folder / "run", path, cuda=cuda)
+
+
+def logged(folder: Path, config: Path, *overrides: str, cuda: bool = True) -> dict[str, float]:
+    """The last line that `train.py` logs of a configuration whose output folder is `folder`."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if not cuda:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "train.py", "--config", str(path)]
+    command = [sys.executable, "train.py", "--config", str(config), *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"train.py failed:\n{(done.stdout + done.stderr)[-3000:]}")
-    lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads(lines[-1])
+
+
+def quickstart(pieces: int, workers: int, steps: int, cuda: bool = True) -> Iterator[Row]:
+    """Samples per second of the quickstart's towers on its data, 512 samples in so many pieces."""
+    with tempfile.TemporaryDirectory() as folder:
+        seen = logged(
+            Path(folder) / "run", Path("configs/quickstart_unicl.yaml"),
+            f"output_dir={folder}/run", "train.samples=null", f"train.steps={steps}",
+            "train.global_batch=512", f"train.accumulation={pieces}", f"data.workers={workers}",
+            f"log.every_steps={steps // 3}", "log.save_every_steps=1000000",
+            f"deepspeed=ds_configs/zero1_{'bf16' if cuda else 'fp32'}.json", cuda=cuda,
+        )  # fmt: skip
+    facts = {"data_seconds_per_step": round(seen["data_seconds"], 4), "workers": workers}
+    yield harness.row("quickstart, samples per second", seen["samples_per_second"],
+                      QUICKSTART[pieces], at_most=False, **facts)  # fmt: skip
 
 
 def rows(data: Path, model: dict[str, Any], *arguments, **options) -> Iterator[Row]:
@@ -110,7 +133,12 @@ def sections(
     data: Path, towers=TOWERS, batches=((1024, 1), (4096, 8)), workers=WORKERS, steps=STEPS,
     cuda=True, samples=SAMPLES, pixels=PIXELS,
 ) -> gpu.Sections:  # fmt: skip
-    """`swin` and `small`, the jobs of each; the pictures are made when the first one begins."""
+    """`swin`, `quickstart` and `small`; pictures are made when the first that needs them begins."""
+
+    def own() -> Iterator[Job]:
+        for pieces in QUICKSTART:
+            run = lambda p=pieces: quickstart(p, workers, 3 * steps, cuda)  # noqa: E731
+            yield Job("quickstart", run, 40, {"B": 512, "micro_batches": pieces})
 
     def jobs(name: str) -> Iterator[Job]:
         if not data.exists():
@@ -125,7 +153,9 @@ def sections(
             run = lambda a=arguments: rows(*a, cuda=cuda)  # noqa: E731
             yield Job("end to end", run, 60, facts)
 
-    return {name: lambda name=name: jobs(name) for name in towers}
+    first, *rest = towers
+    others = {name: lambda name=name: jobs(name) for name in rest}
+    return {first: lambda: jobs(first), "quickstart": own, **others}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,17 @@ def test_method_equals_float64(name, figures):
     assert gradient < 1e-3
 
 
+@pytest.mark.parametrize("name", losses.names())
+def test_method_is_finite_in_bfloat16(name, figures):
+    """Towers, heads and images in bfloat16, as DeepSpeed has them."""
+    exact = methods.passes(name, torch.float64, torch.device("cpu"))
+    found = methods.passes(name, torch.bfloat16, CUDA)
+    assert found.keys() == exact.keys()
+    assert all(bool(value.isfinite().all()) for value in found.values())
+    figures["error of the loss"] = abs(float(found["loss"] / exact["loss"]) - 1)
+    assert figures["error of the loss"] < 0.1
+
+
 def features(rows: int, columns: int, width: int) -> list[torch.Tensor]:
     """Unit vectors in float64 on the CPU, the second half near the first."""
     generator = torch.Generator().manual_seed(3)
