@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from engine import deepspeed_patches
 from engine.teacher import Teacher
 from loaders.errors import ConfigError
 from losses._gather import Gather
@@ -198,10 +199,12 @@ def initialise(
     # a decorator, which would load torch's compiler: more than a second of each start.
     with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
         import deepspeed.runtime.zero.muon.original_muon
+    deepspeed_patches.align_whole_parameters()
     with _aligning_optimizer():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds, dist_init_required=False
         )
+    deepspeed_patches.shorten(engine)
     if precision(ds) != torch.float32:
         reads_images, *_ = module.model.towers().values()
         _cast_buffers(reads_images, precision(ds), device)
@@ -257,7 +260,7 @@ def _align(ds: dict[str, Any], path: str) -> None:
     """Let padding between parameters start each of them on a 16-byte line; DeepSpeed's default is
     none. cuDNN's float32 batch norm reads 16 bytes at once, and stops at "misaligned address"."""
     if stage(ds) not in FLAT_STAGES:
-        return  # parameters have storages of their own (0), or are gathered one by one (3)
+        return  # parameters have storages of their own (0), or are made whole one by one (3)
     zero = ds["zero_optimization"]
     if zero.get("parameter_alignment", "auto") not in ("auto", True):
         raise ConfigError(

@@ -5,6 +5,7 @@ and to the device; `normalize` runs there. All randomness comes from the global 
 `random`, numpy and torch, which `loaders.batch` seeds for each sample.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -108,9 +109,14 @@ def normalize(
 
     Computed in float32 also for 16-bit results.
     """
-    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    shift, scale = (_channels(tuple(values), images.device) for values in (mean, std))
     return ((images.float() / 255 - shift) / scale).to(dtype)
+
+
+@functools.cache
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1); made once, because the host waits for numbers that it copies to a device."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 class _CropView:

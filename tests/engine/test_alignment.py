@@ -68,10 +68,10 @@ def batches(step, rank, world_size, pieces, dtype):
     return [tiny.cut(share, piece, pieces) for piece in range(pieces)]
 
 
-def count(rank, world_size):
+def count(rank, world_size, files=FILES):
     """By file and towers: how many parameters lie how far behind a 16-byte line."""
     found = {}
-    for file in FILES:
+    for file in files:
         ds = resolved(file, world_size)
         dtype = deepspeed_engine.precision(ds)
         for towers, method in METHODS.items():
@@ -106,6 +106,16 @@ def test_every_parameter_starts_on_a_16_byte_line():
         for case, offsets in found.items():
             assert list(offsets) == [0], f"{case}: {offsets}"
             assert offsets[0] > 40
+
+
+def test_so_does_every_parameter_of_a_single_rank_under_stage_3():
+    """Where DeepSpeed gathers nothing and takes parameters out of its flat buffer."""
+    files = [file for file in FILES if "zero3" in file.stem]
+    (found,) = multiprocess.run(count, 1, files)
+    assert len(found) == len(METHODS) * len(files) > 2
+    for case, offsets in found.items():
+        assert list(offsets) == [0], f"{case}: {offsets}"
+        assert offsets[0] > 40
 
 
 def train(rank, world_size, file, deepspeeds_choice=False):
