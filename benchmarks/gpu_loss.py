@@ -145,7 +145,7 @@ def sections(device: torch.device, sizes=SIZES, million=MILLION, errors_at=ERROR
 
     def by_size() -> Iterator[Job]:
         for number, batch in enumerate(sizes):
-            yield Job("time", lambda batch=batch: compare(batch, forms, device), 25, {"B": batch})
+            yield Job("time", lambda batch=batch: compare(batch, forms, device), 8, {"B": batch})
             if number == 0 and missing:
                 yield Job(INF_CL, lambda: missing, 0)
 

@@ -1,15 +1,15 @@
 """The Triton kernels of `losses._kernels`, which has their arithmetic; one program, one part of S.
 
-Every kernel takes the products x y^T of a tile from `_products`: rows and columns behind the last
-are the last one again, so that loads need no mask and no number appears that is not a real
-product; what they would add is masked out behind that. Offsets are 64 bits wide, except within the
-scratch of G, which has fewer than 2^31 elements. No kernel adds to memory atomically: every word is
-written by one program, so the result is the same to the last bit in every run.
+They take the products x y^T of a slab. Rows and columns behind the last are the last one again, so
+that loads need no mask and no number appears that is not a real product; what they would add is
+masked out behind that. Offsets within a slab have 32 bits: it has fewer than 2^31 elements. No
+kernel adds to memory atomically: every word is written by one program, so the result is the same to
+the last bit in every run.
 
 Numbers of rows and columns are not compiled in, so that another batch size needs no compilation.
 
-Letters: n rows and m columns of the slab at hand, D embedding size; BLOCK_N, BLOCK_M, BLOCK_D the
-rows, columns and features that one step takes.
+Letters: n rows and m columns of the slab at hand, `stride` elements from one row of it to the next;
+BLOCK_N, BLOCK_M the rows and columns that one step takes.
 """
 
 import triton
@@ -17,41 +17,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _products(
-    x,
-    y,
-    given,
-    rows,
-    columns,
-    D,
-    stride,
-    EVEN: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """x[rows] y[columns]^T in float32, computed, or loaded from `given` (n, m)."""
-    if given is not None:
-        products = tl.load(given + (rows * stride)[:, None] + columns[None, :])
-    else:
-        features = tl.arange(0, BLOCK_D)
-        x_at = x + rows.to(tl.int64)[:, None] * D + features[None, :]
-        y_at = y + columns.to(tl.int64)[:, None] * D + features[None, :]
-        products = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        for start in range(0, D, BLOCK_D):
-            if EVEN:
-                left, right = tl.load(x_at), tl.load(y_at)
-            else:
-                inside = features[None, :] < D - start
-                left = tl.load(x_at, mask=inside, other=0.0)
-                right = tl.load(y_at, mask=inside, other=0.0)
-            if WIDEN:  # the interpreter multiplies the bits of bfloat16 numbers as integers
-                left, right = left.to(tl.float32), right.to(tl.float32)
-            products = tl.dot(left, tl.trans(right), products, input_precision="tf32")
-            x_at += BLOCK_D
-            y_at += BLOCK_D
-    return products
+def _products(products_at, rows, columns, n, m, stride):
+    """x[rows] y[columns]^T."""
+    near = tl.minimum(rows, n - 1)[:, None] * stride + tl.minimum(columns, m - 1)[None, :]
+    return tl.load(products_at + near)
 
 
 @triton.jit
@@ -97,11 +66,9 @@ def _sums(products, kept, scale, SPREAD: tl.constexpr):
     return row_shifts, row_sums, column_shifts, column_sums
 
 
-@triton.jit(do_not_specialize=["n", "m", "walk"])
+@triton.jit(do_not_specialize=["n", "m", "walk", "parts_stride"])
 def logsumexps(
-    x,
-    y,
-    given,
+    products_at,
     scale_at,
     row_ids,
     column_ids,
@@ -110,19 +77,16 @@ def logsumexps(
     n,
     m,
     walk,
-    D,
     stride,
-    EVEN: tl.constexpr,
-    WIDEN: tl.constexpr,
+    parts_stride,
     SPREAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Logsumexps of one row block over `walk` column blocks, and of these columns over the rows.
 
-    Writes row_parts (groups of `walk` column blocks, n) and column_parts (row blocks, m).
-    Neighbouring programs take the row blocks of the same columns, which are then in the cache.
+    Writes row_parts (groups of `walk` column blocks, n) and column_parts (row blocks, m), whose
+    rows are `parts_stride` apart.
     """
     row_blocks = tl.cdiv(n, BLOCK_N)
     block, group = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
@@ -132,18 +96,14 @@ def logsumexps(
     row_sums = tl.zeros([BLOCK_N], dtype=tl.float32)
     for step in range(group * walk, tl.minimum((group + 1) * walk, tl.cdiv(m, BLOCK_M))):
         columns = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        near_rows, near_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
-        products = _products(
-            x, y, given, near_rows, near_columns,
-            D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        products = _products(products_at, rows, columns, n, m, stride)
         kept = _kept(row_ids, column_ids, rows, columns, n, m)
         shifts, sums, column_shifts, column_sums = _sums(products, kept, scale, SPREAD)
         larger = tl.maximum(row_shifts, shifts)
         row_sums *= tl.exp(row_shifts - _finite(larger))
         row_sums += sums * tl.exp(shifts - _finite(larger))
         row_shifts = larger
-        column_at = column_parts + block.to(tl.int64) * m + columns
+        column_at = column_parts + block.to(tl.int64) * parts_stride + columns
         tl.store(column_at, column_shifts + tl.log(column_sums), mask=columns < m)
     tl.store(row_parts + group.to(tl.int64) * n + rows, row_shifts + tl.log(row_sums), rows < n)
 
@@ -203,9 +163,7 @@ def _softmax_weights(logits, row_lse, column_lse, row_weights, column_weights, S
 
 @triton.jit(do_not_specialize=["n", "m"])
 def pair_weights(
-    x,
-    y,
-    given,
+    products_at,
     scale_at,
     bias_at,
     row_ids,
@@ -218,31 +176,23 @@ def pair_weights(
     sums_out,
     n,
     m,
-    D,
     stride,
-    EVEN: tl.constexpr,
-    WIDEN: tl.constexpr,
     SIGMOID: tl.constexpr,
     SAFE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """One block of G into weights_out (n, m), in its type, which may be `given` itself.
+    """One block of G into weights_out (n, m), in its type, which may be `products_at` itself.
 
     With SIGMOID G is sigmoid(S + bias) and its sum goes to sums_out (programs,); else see
     `_softmax_weights`.
     """
-    row_blocks = tl.cdiv(n, BLOCK_N)
-    block, step = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    column_blocks = tl.cdiv(m, BLOCK_M)
+    block, step = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = step * BLOCK_M + tl.arange(0, BLOCK_M)
     near_rows, near_columns = tl.minimum(rows, n - 1), tl.minimum(columns, m - 1)
-    products = _products(
-        x, y, given, near_rows, near_columns,
-        D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-    logits = products * tl.load(scale_at)
+    logits = _products(products_at, rows, columns, n, m, stride) * tl.load(scale_at)
     if SIGMOID or row_ids is not None:
         kept = _kept(row_ids, column_ids, rows, columns, n, m)
         logits = tl.where(kept, logits, float("-inf"))
@@ -265,9 +215,7 @@ def pair_weights(
 
 @triton.jit(do_not_specialize=["n", "m"])
 def softplus_sums(
-    x,
-    y,
-    given,
+    products_at,
     scale_at,
     bias_at,
     row_ids,
@@ -275,23 +223,16 @@ def softplus_sums(
     sums_out,
     n,
     m,
-    D,
     stride,
-    EVEN: tl.constexpr,
-    WIDEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """sums_out (programs,): the sum of log(1 + exp(S + bias)) over one block of pairs."""
-    row_blocks = tl.cdiv(n, BLOCK_N)
-    block, step = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    column_blocks = tl.cdiv(m, BLOCK_M)
+    block, step = tl.program_id(0) // column_blocks, tl.program_id(0) % column_blocks
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = step * BLOCK_M + tl.arange(0, BLOCK_M)
-    products = _products(
-        x, y, given, tl.minimum(rows, n - 1), tl.minimum(columns, m - 1),
-        D, stride, EVEN, WIDEN, BLOCK_N, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
+    products = _products(products_at, rows, columns, n, m, stride)
     kept = _kept(row_ids, column_ids, rows, columns, n, m)
     logits = tl.where(kept, products * tl.load(scale_at) + tl.load(bias_at), float("-inf"))
     # log(1 + e) = 2 artanh(e / (2 + e)) by its series, because 1 + e has lost a small e; the ratio

@@ -35,6 +35,9 @@ def passes(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, tor
     values["image"] = values["image"].to(dtype)
     values = {key: value.to(device) for key, value in values.items()}
     with exact_products():
+        with torch.no_grad():  # queues are empty before the first step
+            module(values, Gather())
+            module.method.step_end()
         out = module(values, Gather())
         loss = total_loss(out)
         loss.backward()

@@ -67,6 +67,36 @@ def test_contrastive_core_equals_float64_and_is_finite(dtype, scale, figures):
     assert max(errors) < 2e-2  # bfloat16 products, and gradients of the features' type
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_replayed_losses_do_not_disturb_each_other(dtype, figures):
+    """Two calls of one shape whose backward passes come later, in the other order and scaled."""
+    rows, scale = 700, torch.tensor([20.0], device=CUDA)
+    calls = []
+    for seed in (1, 2, 3):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(-1, 40, (rows,), generator=generator)
+        x, y = (
+            torch.nn.functional.normalize(
+                torch.randn(rows, 96, generator=generator, dtype=torch.float64), dim=1
+            )
+            for _ in range(2)
+        )
+        exact = [side.to(dtype).double().requires_grad_() for side in (x, y)]
+        dense.unicl(*exact, labels, torch.tensor(20.0, dtype=torch.float64)).backward()
+        mine = [side.detach().to(CUDA, dtype).requires_grad_() for side in exact]
+        found = contrast(*mine, labels.to(CUDA), scale, Gather())
+        calls.append((exact, mine, found, labels))
+    for exact, mine, found, labels in reversed(calls):
+        (3 * found.loss).backward()
+        positives = ((labels[:, None] == labels) & (labels >= 0)).sum(1).clamp(min=1)
+        assert torch.equal(found.positives.cpu(), positives)
+        assert torch.allclose(found.sample_loss.mean(), found.loss, rtol=1e-5)
+        for side, right in zip(mine, exact, strict=True):
+            error = float((side.grad.cpu().double() / 3 - right.grad).norm() / right.grad.norm())
+            figures["of a gradient"] = max(error, figures.get("of a gradient", 0.0))
+    assert figures["of a gradient"] < 1e-2
+
+
 # Rows and columns of whole blocks, of parts of them, and of more than one slab; narrow and wide.
 SHAPES = ((64, 64, 64), (257, 129, 96), (1000, 3000, 512), (9000, 520, 256), (300, 300, 1024))
 

@@ -34,7 +34,7 @@ class Case:
     """One block: what `KernelTiles` gets, and constants of `losses._kernels` that cut it smaller.
 
     Attributes:
-        kind: "bfloat16"; "float32" with the products of torch; "tf32" with those of the kernels.
+        kind: "bfloat16" or "float32".
         excluded: "" nothing, "pairs", or all pairs of some "rows", some "columns" or of "all".
     """
 
@@ -54,8 +54,7 @@ class Case:
         return "-".join([*words, *(name for name, _ in self.constants)])
 
 
-KINDS = ("bfloat16", "float32", "tf32")
-LARGE = (("FILLED", 1),)
+KINDS = ("bfloat16", "float32")
 # Several slabs of 48 rows, of few columns where they have a scratch, and walks over many blocks.
 SLABS = (("SLAB", 48), ("SCRATCH", 48 * 72 * 4), ("WALKS", 1))
 CASES = [
@@ -64,17 +63,17 @@ CASES = [
     Case(1, 5, 1, 400.0, "bfloat16", bias=0.0),
     Case(1, 5, 1, 400.0, "float32", "all"),
     Case(130, 1, 130, 100.0, "bfloat16", "columns"),
-    Case(130, 1, 130, 100.0, "tf32", "rows", bias=3.0),
+    Case(130, 1, 130, 100.0, "float32", "rows", bias=3.0),
     Case(0, 4, 6, 1.0, "bfloat16"),
     Case(4, 0, 6, 1.0, "float32"),
     Case(20, 33, 512, 400.0, "bfloat16", "rows"),
-    Case(33, 20, 512, 400.0, "tf32", "columns"),
+    Case(33, 20, 512, 400.0, "float32", "columns"),
     Case(33, 20, 96, 14.3, "float32", "rows"),
-    Case(150, 200, 96, 100.0, "bfloat16", "pairs", constants=LARGE),
-    Case(140, 150, 96, 1.0, "tf32", constants=LARGE),
+    Case(150, 200, 96, 100.0, "bfloat16", "pairs"),
+    Case(140, 150, 96, 1.0, "float32"),
 ]
 # In the interpreter G loses up to 2^-7 of each number. Float32 has 3e-5 between numbers of 400.
-GRADIENT = {"bfloat16": 2.0**-7, "float32": 4e-5, "tf32": 4e-5}
+GRADIENT = {"bfloat16": 2.0**-7, "float32": 4e-5}
 NORMALISER = 6e-5
 
 
@@ -127,12 +126,14 @@ def test_a_row_without_pairs_in_a_block_keeps_those_far_below(found):
 def test_slabs_cover_a_million_rows_within_the_scratch():
     x = torch.empty((2**20, 1024), dtype=torch.bfloat16, device="meta")
     tiles = _kernels.KernelTiles(x, x[: 2**20 - 3], torch.empty((), device="meta"))
-    slabs = list(tiles._slabs(scratch=True))
+    slabs = list(tiles._slabs(weights=True))
     assert sum(slab.n * slab.m for slab in slabs) == len(tiles.x) * len(tiles.y)
     assert len({(slab.rows.start, slab.columns.start) for slab in slabs}) == len(slabs)
-    assert all(slab.scratch.untyped_storage().nbytes() <= _kernels.SCRATCH for slab in slabs)
+    for slab in slabs:
+        made = slab.products, slab.weights
+        assert sum(part.untyped_storage().nbytes() for part in made) <= _kernels.SCRATCH
     # What the forward pass keeps for the columns, see the module.
-    assert max(4 * slab.row_blocks * slab.m for slab in tiles._slabs(False)) <= 256 * 2**20
+    assert 4 * slabs[0].blocks(_kernels.SUMS)[0] * len(tiles.y) <= 256 * 2**20
 
 
 def test_types_that_no_kernel_takes_are_refused():
@@ -165,7 +166,6 @@ def make(case: Case):
     """KernelTiles of the case, its x and y, and its logits in float64, -inf where excluded."""
     for name, value in case.constants:
         setattr(_kernels, name, value)
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.kind == "tf32" else "ieee"
     dtype = torch.bfloat16 if case.kind == "bfloat16" else torch.float32
     torch.manual_seed(case.n + case.m)
     x, y = (F.normalize(torch.randn(k, case.width), dim=1).to(dtype) for k in (case.n, case.m))
@@ -357,7 +357,7 @@ def far_below() -> dict[str, float]:
 def measure_all() -> dict[str, dict[str, float]]:
     labels = torch.randint(-1, 5, (40,))
     ids = torch.arange(40), torch.arange(40)
-    constants = {name: getattr(_kernels, name) for name in ("FILLED", "SLAB", "SCRATCH", "WALKS")}
+    constants = {name: getattr(_kernels, name) for name in ("SLAB", "SCRATCH", "WALKS")}
     bias = torch.tensor(-3.0)
     result = {
         "contrast": core_errors(lambda x, y, s: [_core.contrast(x, y, labels, s, Gather()).loss]),
