@@ -155,7 +155,8 @@ def contrast(
     """
     walk = Walk(keep_bytes, tile, precision)
     if _replay.fits(image_features, gather):
-        return Contrast(*_replay.contrast(image_features, text_features, labels, scale, walk))
+        features = image_features, text_features
+        return Contrast(*_replay.contrast(*features, labels, scale, gather, walk))
     block = Block(image_features, text_features, gather, walk, paired=True)
     ids, counts = global_labels(gather.rows(labels, block.row_sizes))
     if len(ids) == 0:  # no rank has a row: a zero that keeps the graph alive

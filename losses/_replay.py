@@ -32,21 +32,21 @@ def fits(x: Tensor, gather: Gather) -> bool:
 
 
 def contrast(
-    x: Tensor, y: Tensor, labels: Tensor, scale: Tensor, walk: Walk
+    x: Tensor, y: Tensor, labels: Tensor, scale: Tensor, gather: Gather, walk: Walk
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, loss per sample (B,), positives (B,)) as `losses._core.contrast` has them."""
-    return _Replayed.apply(x, y, scale, labels, walk)
+    return _Replayed.apply(x, y, scale, labels, gather, walk)
 
 
 def value_and_gradients(
-    x: Tensor, y: Tensor, labels: Tensor, scale: Tensor, walk: Walk
+    x: Tensor, y: Tensor, labels: Tensor, scale: Tensor, gather: Gather, walk: Walk
 ) -> tuple[Tensor, ...]:
     """Loss, loss per sample and positives, and the gradients of the loss by x, y and scale.
 
     Args:
-        x, y: (B, D) features of a single rank. labels: (B,) int64. scale: () or (1,).
+        x, y: (B, D) features. labels: (B,) int64. scale: () or (1,). gather: of a single rank.
     """
-    block = Block(x, y, Gather(), walk, paired=True)
+    block = Block(x, y, gather, walk, paired=True)
     ops, scale = of_classes(block.x), scale.to(block.dtype).reshape(())
     ids, counts = of_classes(labels).numbered(labels)
     classes = Classes(block, ids, counts)
@@ -64,18 +64,18 @@ def value_and_gradients(
 class _Recorded:
     """`value_and_gradients` for one shape, as a graph."""
 
-    def __init__(self, values: list[Tensor], walk: Walk):
+    def __init__(self, values: list[Tensor], gather: Gather, walk: Walk):
         self.inputs = [value.detach().clone() for value in values]
         # Once outside, which compiles kernels and lets libraries take the memory they keep.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            value_and_gradients(*self.inputs, walk)
+            value_and_gradients(*self.inputs, gather, walk)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads pin batches meanwhile, which only concerns them.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = value_and_gradients(*self.inputs, walk)
+            self.outputs = value_and_gradients(*self.inputs, gather, walk)
 
     def __call__(self, values: list[Tensor]) -> list[Tensor]:
         torch._foreach_copy_(self.inputs, values)
@@ -86,22 +86,22 @@ class _Recorded:
 _recorded: OrderedDict[tuple, _Recorded] = OrderedDict()
 
 
-def _graph(values: list[Tensor], walk: Walk) -> _Recorded:
+def _graph(values: list[Tensor], gather: Gather, walk: Walk) -> _Recorded:
     """The graph for such values; the one that was not used for the longest time makes room."""
     key = (walk.precision, *((value.shape, value.dtype, value.device) for value in values))
     if key not in _recorded:
         while len(_recorded) >= KEPT:
             _recorded.popitem(last=False)
-        _recorded[key] = _Recorded(values, walk)
+        _recorded[key] = _Recorded(values, gather, walk)
     _recorded.move_to_end(key)
     return _recorded[key]
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, scale, labels, walk):
+    def forward(ctx, x, y, scale, labels, gather, walk):
         values = [x, y, labels, scale]
-        loss, sample_loss, positives, *grads = _graph(values, walk)(values)
+        loss, sample_loss, positives, *grads = _graph(values, gather, walk)(values)
         ctx.save_for_backward(*grads, scale)
         ctx.mark_non_differentiable(sample_loss, positives)
         return loss, sample_loss, positives
@@ -110,7 +110,5 @@ class _Replayed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss, *_):
         grad_x, grad_y, of_scale, scale = ctx.saved_tensors
-        return (
-            grad_x * of_loss, grad_y * of_loss, (of_scale * of_loss).reshape(scale.shape), None,
-            None,
-        )  # fmt: skip
+        of_scale = (of_scale * of_loss).reshape(scale.shape)
+        return grad_x * of_loss, grad_y * of_loss, of_scale, None, None, None
