@@ -56,6 +56,7 @@ def main(name: str, sections: Sections) -> None:
     facts = {
         "gpu": torch.cuda.get_device_name(),
         "torch": version("torch"),
+        "commit": harness.commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
     chosen = {arguments.only: sections[arguments.only]} if arguments.only else sections

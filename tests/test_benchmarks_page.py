@@ -21,7 +21,7 @@ def test_a_missed_target_stands_out():
 
 def test_gpu_rows_have_a_section_of_their_own_with_the_name_of_the_card(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    facts = {"gpu": "NVIDIA H100", "torch": "2.11", "date": "today"}
+    facts = {"gpu": "NVIDIA H100", "torch": "2.11", "commit": "abc", "date": "today"}
     rows = [
         {"name": "time", "value": 0.5, "B": 8, "target": "<= 0.7", "met": True, **facts},
         {"name": "ours: no time left", "B": 16, **facts},
@@ -31,7 +31,10 @@ def test_gpu_rows_have_a_section_of_their_own_with_the_name_of_the_card(tmp_path
     page = table.write()
     before, after = page.split("# On one GPU")
     assert "gpu_loss" not in before
-    h100, a100 = after.index("NVIDIA H100, torch 2.11, today."), after.index("NVIDIA A100")
+    h100, a100 = (
+        after.index("NVIDIA H100, torch 2.11, commit abc, today."),
+        after.index("NVIDIA A100"),
+    )
     assert h100 < after.index("| time (B 8) | 0.5 | <= 0.7 |") < a100
     assert h100 < after.index("| ours: no time left (B 16) |  |  |") < a100
     assert a100 < after.index("| ours (utilisation 0.25) | 2 |  |")
