@@ -60,15 +60,14 @@ def parser() -> CommandParser:
 
 
 def bind(port: int) -> socket.socket:
-    """A socket of this machine alone. Raises ConfigError for a port that cannot be had."""
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """A listening socket for this machine alone: who asks early waits until the index is there.
+
+    Raises ConfigError for a port that cannot be had.
+    """
     try:
-        bound.bind((ADDRESS, port))
+        return socket.create_server((ADDRESS, port))
     except (OSError, OverflowError) as error:
-        bound.close()
         raise ConfigError(f"--port {port}: {error}; name another one, or 0 for any") from None
-    return bound
 
 
 def main(argv: Sequence[str] | None = None) -> None:

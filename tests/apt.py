@@ -22,7 +22,7 @@ def get(*packages: str) -> str | None:
     for arguments in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
         done = subprocess.run(
             ["apt-get", "-q", *arguments], capture_output=True, text=True, check=False,
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, timeout=300,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, timeout=600,
         )  # fmt: skip
         if done.returncode != 0:
             return f"apt-get {arguments[0]}: {(done.stderr or done.stdout).strip()[-500:]}"

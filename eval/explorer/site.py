@@ -28,7 +28,7 @@ POLICY = "default-src 'self'; img-src 'self' data:; form-action 'self'; frame-an
 
 
 def server(explorer: Explorer, bound: socket.socket) -> BaseWSGIServer:
-    """A server of the pages at a socket that is bound; `serve_forever` starts it."""
+    """A server of the pages at a listening socket; `serve_forever` starts it."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     host, port = bound.getsockname()
     return make_server(host, port, application(explorer), threaded=True, fd=bound.fileno())
