@@ -67,7 +67,7 @@ def bind(port: int) -> socket.socket:
     try:
         return socket.create_server((ADDRESS, port))
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"--port {port}: {error}; name another one, or 0 for any") from None
+        raise ConfigError(f"--port {port}: not to be had ({error}); name another, or 0") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from eval.explorer.collection import Collection
 from eval.explorer.index import Index, nearest
 
-CAPTIONS, CLASSES = 8, 8  # of each as many are shown
+CAPTIONS, CLASSES = 5, 5  # of each as many are shown
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ class Encoder:
     """
 
     def __init__(self, extractor: Extractor) -> None:
-        """Raises ConfigError for a model that compares tokens: an index of them would be a hundred
-        times larger, and the one vector that it has for an image is not trained."""
+        """Raises ConfigError for a model that compares tokens: the one vector that it has for an
+        image is not trained, and an index would need a vector for every patch and word."""
         run = extractor.run
         if extractor.late:
             raise ConfigError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from flask import Flask, abort, redirect, render_template, request, send_file, url_for
 from PIL import Image
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, SecurityError
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from eval.explorer import confusion
@@ -45,7 +45,7 @@ def application(explorer: Explorer) -> Flask:
         ("/<int:number>/", pages.search),
         ("/<int:number>/picture/<int:sample>-<int:side>.jpg", pages.picture),
         ("/<int:number>/confusions", pages.confusions),
-        ("/<int:number>/confusions/<int:model>/<int:true>/<int:said>", pages.confused),
+        ("/<int:number>/confusions/<int:model>/<int:label>/<int:said>", pages.confused),
         ("/upload/<name>.jpg", pages.uploaded),
     ):
         app.add_url_rule(rule, function.__name__, function)
@@ -144,19 +144,19 @@ class _Pages:
         for model in range(len(self.explorer.encoders)):
             found = self._confused(number, model)
             pairs = [
-                (true, said, count, self._samples(number, model, true, said)[:EXAMPLES])
-                for true, said, count in found.pairs[:PAIRS]
+                (label, said, count, self._samples(number, model, label, said)[:EXAMPLES])
+                for label, said, count in found.pairs[:PAIRS]
             ]
             columns.append((found, pairs))
         return render_template("confusions.html", number=number, here=collection, columns=columns)
 
-    def confused(self, number: int, model: int, true: int, said: int):
+    def confused(self, number: int, model: int, label: int, said: int):
         """All pictures of one class that a model takes for another."""
         collection = self._labelled(number)
         known = len(collection.classes)
-        if model >= len(self.explorer.encoders) or max(true, said) >= known:
+        if model >= len(self.explorer.encoders) or max(label, said) >= known:
             abort(404)
-        found, count = self._samples(number, model, true, said), self._count()
+        found, count = self._samples(number, model, label, said), self._count()
         encoders, indexes = self.explorer.encoders, self.explorer.indexes[number]
         return render_template(
             "confused.html",
@@ -169,7 +169,7 @@ class _Pages:
                 for other in range(len(encoders))
                 if other != model
             ],
-            true=true,
+            label=label,
             said=said,
             found=len(found),
             samples=found[:count].tolist(),
@@ -178,6 +178,8 @@ class _Pages:
 
     def error(self, error: HTTPException):
         """What went wrong, in the page's own looks."""
+        if isinstance(error, SecurityError):  # of a foreign host there are no addresses to link to
+            return error
         page = render_template("error.html", error=error, number=None, here=None)
         return page, error.code
 
@@ -200,9 +202,9 @@ class _Pages:
             self._confusions[key] = confusion.confusions(labels, predicted)
         return self._confusions[key]
 
-    def _samples(self, number: int, model: int, true: int, said: int) -> np.ndarray:
+    def _samples(self, number: int, model: int, label: int, said: int) -> np.ndarray:
         predicted = self.explorer.indexes[number][model].predicted
-        return confusion.samples(self.explorer.collections[number].labels, predicted, true, said)
+        return confusion.samples(self.explorer.collections[number].labels, predicted, label, said)
 
     def _query(self, number: int) -> Query | None:
         text = request.args.get("text", "").strip()
