@@ -260,10 +260,11 @@ def test_in_a_browser(explorer, address, world, tmp_path):
         driver.find_element(By.LINK_TEXT, "Confusions").click()
         found = confusion.confusions(here.labels, indexes[0].predicted)
         true, said, count = found.pairs[0]
-        first = driver.find_element(By.CSS_SELECTOR, ".confusions tr:nth-child(2)")
-        assert first.text.split()[:3] == [here.classes[true], here.classes[said], str(count)]
+        first = driver.find_element(By.CSS_SELECTOR, ".confusions li")
+        named = f"{here.classes[true]} taken for {here.classes[said]}:"
+        assert first.text.split()[:-2] == named.split()
         whole(driver, address)
-        first.find_element(By.LINK_TEXT, str(count)).click()
+        first.find_element(By.PARTIAL_LINK_TEXT, f"{count} picture").click()
         assert all(here.labels[i] == true for i in figures(driver))
         assert len(figures(driver)) == count
         whole(driver, address)
