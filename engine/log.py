@@ -126,7 +126,7 @@ def format_line(record: dict[str, Any], steps: int) -> str:
     Args:
         record: the record. steps: of the whole run.
     """
-    loss = f"loss {_decimals(record['loss'], 4)}"
+    loss = f"loss {_decimals(record['loss'], 4 if record['loss'] < 10 else 3)}"
     if record["floor"] > 0:
         loss += f" (floor {_decimals(record['floor'], 2)})"
     parts = [f"step {record['step']}/{steps}", loss, f"lr {record['lr']:.2e}"]

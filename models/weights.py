@@ -73,7 +73,7 @@ def _load_folder(path: Path) -> LoadedRun:
             f"{path}: a checkpoint of DeepSpeed, whose weights may lie in parts; join them with "
             f"python {script} {script.parent} OUT and give the folder OUT"
         )
-    if weights is None and not (path / "config.yaml").is_file():
+    if weights is None and not run_files.owning_run(path / "its file"):
         weights = _only_export(path)
     if weights is None or run_files.STEP.fullmatch(name) or (path / "checkpoints").is_dir():
         return load_run(path)

@@ -120,7 +120,7 @@ def test_recipe_of_a_configuration_is_what_training_reads():
         else:
             cfg = config.load(path, ["data.augmentation=unicl_release"])
             assert cfg.recipe == recipe, name
-    assert set(recipes.values()) == {None, "release_defaults"}
+    assert set(recipes.values()) == {None, "release_defaults", "ours"}
 
 
 # --- joining
