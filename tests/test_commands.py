@@ -96,6 +96,12 @@ def wrong_ones(folder):
     yield "eval.tables", [str(folder / "none")], 3, "holds no result rows"
     places = ["--results", str(folder / "none"), "--output", str(folder)]
     yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"
+    page = ["--output", str(folder), "--checkpoint", str(folder / "run"), "--data"]
+    yield "eval.explore", [*page, str(folder / "none")], 3, "no data set; --data takes"
+    twemoji = str(ROOT / "data/quickstart/emoji_twemoji")
+    yield "eval.explore", [*page, twemoji], 3, f"{folder / 'run'}: no such file or"
+    page = [*page, twemoji, "--checkpoint", *["run"] * 3]
+    yield "eval.explore", page, 2, "3 given, side by side fit two"
     places = [str(folder / "none"), "--output", str(folder)]
     yield "data_prep.report", places, 3, "none"
     (folder / "study.yaml").write_text("name: x\nseed: [0]\n")

@@ -70,6 +70,7 @@ ROOMS = {
     "eval.tasks": {"eval.sources"},
     "eval.report": {"eval.sources", "eval.tasks"},
     "eval.detector": {"eval.tasks"},
+    "eval.explorer": {"eval.sources", "eval.tasks"},
     "models.formats": set(),
 }
 # Rooms that serve another package: studies name sets and draw tables as evaluation does.

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 from tests import apt
@@ -33,15 +32,7 @@ def _install() -> str | None:
         POLICY.write_text("#!/bin/sh\nexit 101\n")  # the packages start no daemon of their own
         POLICY.chmod(0o755)
     try:
-        packages = ("slurmctld", "slurmd", "slurm-client", "munge")
-        for arguments in (("update",), ("install", "-y", "--no-install-recommends", *packages)):
-            done = subprocess.run(
-                ["apt-get", "-q", *arguments], capture_output=True, text=True, check=False,
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, timeout=300,
-            )  # fmt: skip
-            if done.returncode != 0:
-                return f"apt-get {arguments[0]}: {(done.stderr or done.stdout).strip()[-500:]}"
+        return apt.get("slurmctld", "slurmd", "slurm-client", "munge")
     finally:
         if ours:
             POLICY.unlink()
-    return None
