@@ -40,7 +40,7 @@ class Encoder:
         self.description = {
             "checkpoint": run.checkpoint_hash,
             "reference": run.reference,
-            "transform": [extractor.size, extractor.mean, extractor.std],
+            "transform": [extractor.size, extractor.transform.mean, extractor.transform.std],
             "tokenizer": [extractor.tokenizer.digest, extractor.tokenizer.context_length],
         }
         self._view = views.build_eval(extractor.size, extractor.size)
@@ -85,7 +85,7 @@ class Encoder:
         return self.extractor.class_weights(names, templates).float().cpu()
 
     def _images(self, images: Tensor) -> Tensor:
-        values = views.normalize(images, self.extractor.mean, self.extractor.std)
+        values = self.extractor.transform.normalize(images)
         return self._encode(self.extractor.model.encode_image, values)
 
     def _encode(self, encode: Callable[[Tensor], dict[str, Tensor]], batch: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.explorer.collection import Collection
 from eval.explorer.encoder import Encoder
+from loaders.progress import Progress
 
 SAVE_SECONDS = 10.0  # of work that a power cut may cost
 PIECE = 4096  # rows that are compared at a time: as float32 they stay in a processor's cache
@@ -119,7 +119,7 @@ def filled(
         done = int(rows_file.read_text()) if rows_file.exists() and part.exists() else 0
         rows = np.lib.format.open_memmap(part, "r+" if done else "w+", np.float16, shape)
         saved = time.monotonic()
-        bar = tqdm(total=shape[0], initial=done, desc=title, unit="row")
+        bar = Progress(total=shape[0], initial=done, desc=title, unit="row")
         try:
             for batch in batches(done):
                 rows[done : done + len(batch)] = batch
@@ -159,7 +159,7 @@ def _predicted(path: Path, images: np.ndarray, weights: Tensor, title: str) -> n
     """The class that fits each picture best (n,), -1 where it cannot be read."""
     if not path.exists():
         best = torch.empty(len(images), dtype=torch.int32)
-        for start in tqdm(range(0, len(images), PIECE), desc=title, unit="piece"):
+        for start in Progress(range(0, len(images), PIECE), desc=title, unit="piece"):
             piece = torch.from_numpy(images[start : start + PIECE]).float()
             found = (piece @ weights.T).argmax(dim=1).int()
             best[start : start + PIECE] = torch.where(piece[:, 0].isnan(), -1, found)
