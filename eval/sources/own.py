@@ -18,7 +18,7 @@ from eval.sources.class_texts import (
     read_names,
     read_templates,
 )
-from eval.sources.own_parts import KINDS, Part, read_part, split_folders
+from eval.sources.own_parts import KINDS, SPLITS, Part, read_part, split_folders
 from eval.sources.presence import TEST_ONLY
 from eval.sources.registry import EvalDataset, Origin
 from loaders.errors import DataError
@@ -125,7 +125,7 @@ def _templates(place: Path, given: str | None) -> Templates:
 
 def _title(place: Path) -> str:
     """The folder's name, with the one above where it says which split it is only."""
-    inner = place.name in ("train", "val", "valid", "validation", "test", "shards")
+    inner = place.name in (*SPLITS, "shards")
     return f"{place.parent.name}/{place.name}" if inner else place.name or "root"
 
 
