@@ -54,9 +54,7 @@ def main() -> None:
 
     evaluate = None
     with left_out("wandb"):  # timm imports it for a function that nobody calls here
-        if (
-            cfg.evals.every_steps
-        ):  # first, because it says what is missing before DeepSpeed is loaded
+        if cfg.evals.every_steps:  # first: it says what is missing before DeepSpeed is loaded
             from functools import partial
 
             from eval import in_training

@@ -37,6 +37,7 @@ MAY_USE = {
         "data_prep",
         "loaders.arrays",
         "loaders.errors",
+        "loaders.file_names",
         "loaders.manifest",
         "loaders.plain_text",
         "loaders.progress",

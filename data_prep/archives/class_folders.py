@@ -13,24 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.archives.image_table import ROW, Images, open_indexed
+from loaders import file_names
 from loaders.errors import DataError
 from loaders.progress import Progress
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm",
-)  # fmt: skip
-# Names, in small letters, that no person gave: of Windows, macOS, file servers and Linux. Those
-# that begin with a dot are hidden everywhere and need not stand here.
-SYSTEM = frozenset(
-    (
-        "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "folder.htt", "autorun.inf",
-        "$recycle.bin", "recycler", "system volume information", "found.000",
-        "__macosx", "icon\r", "network trash folder", "temporary items",
-        "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "@recently-snapshot",
-        "lost+found", "__pycache__",
-    )
-)  # fmt: skip
+# Names, in small letters, that no person gave: of Windows, macOS, file servers and Linux.
+SYSTEM = file_names.SYSTEM | {
+    "ehthumbs.db", "ehthumbs_vista.db", "folder.htt", "autorun.inf", "recycler", "found.000",
+    "icon\r", "network trash folder", "temporary items", "@recently-snapshot",
+}  # fmt: skip
 _STREAMS = (":zone.identifier", "@synoeastream", "@synoresource")  # of a file with this name before
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 OTHER = "files without the name of an image"
@@ -104,7 +95,7 @@ def _walk(
             yield from _walk(Path(entry.path), path, above | {identity}, passed, others)
         elif not entry.is_file():
             passed[LINKS] += 1
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif file_names.is_image(entry.name):
             files.append(entry.name)
         else:
             passed[OTHER] += 1
@@ -154,8 +145,8 @@ def _check_groups(source: Path, groups: list[tuple[str, int]]) -> None:
     """
     if not groups:
         raise DataError(
-            f"{source}: no image in it or below it (names that end in {', '.join(SUFFIXES)}); "
-            "name the folder that holds the class folders"
+            f"{source}: no image in it or below it (names that end in "
+            f"{', '.join(file_names.IMAGE_SUFFIXES)}); name the folder that holds the class folders"
         )
     if len(groups) > _GROUPS:
         raise DataError(f"{source}: {len(groups)} folders with images; at most {_GROUPS} can be")

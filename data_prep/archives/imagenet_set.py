@@ -51,6 +51,4 @@ def write(
     set_folder.begin(args.out, preparation, table)
     read = sample_reader(images, labels, [entry["synset"] for entry in table], origin)
     write_shards(args.out, order[permutation(len(images), SEED)], read, args.part, args.parts)
-    if left := len(set_folder.missing(args.out)):
-        print(f"{left} shards of other parts are not finished yet; when they are,")
-    print(f"next: python data_prep/verify.py {args.out}")
+    set_folder.say_next(args.out)

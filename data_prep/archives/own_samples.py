@@ -76,9 +76,7 @@ def write(
     for reason, number in status.items():
         if reason != SUCCESS:
             print(f"left out, {reason}: {number}")
-    if left := len(set_folder.missing(out)):
-        print(f"{left} shards of other parts are not finished yet; when they are,")
-    print(f"next: python data_prep/verify.py {out}")
+    set_folder.say_next(out)
 
 
 def _members(samples: Samples, classes: Sequence[dict]) -> Callable[[int], dict[str, bytes]]:

@@ -183,6 +183,13 @@ def missing(out: Path, part: int = 0, parts: int = 1) -> list[int]:
     return [s for s in range(load(out).shards) if s % parts == part and s not in done]
 
 
+def say_next(out: Path) -> None:
+    """Print what the person does next: wait for shards of other parts, and close the set."""
+    if left := len(missing(out)):
+        print(f"{left} shards of other parts are not finished yet; when they are,")
+    print(f"next: python data_prep/verify.py {out}")
+
+
 def publish(out: Path, shard: int, stage: Path) -> None:
     """Move a complete shard from the folder `stage` to `shards/`, its statistics last.
 

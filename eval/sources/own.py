@@ -18,9 +18,10 @@ from eval.sources.class_texts import (
     read_names,
     read_templates,
 )
-from eval.sources.own_parts import KINDS, Part, read_part, split_folders
+from eval.sources.own_parts import KINDS, SPLITS, Part, read_part, split_folders
 from eval.sources.presence import TEST_ONLY
 from eval.sources.registry import EvalDataset, Origin
+from eval.sources.registry_file import RECALLS
 from loaders.errors import DataError
 from loaders.specs import local
 
@@ -28,8 +29,7 @@ METRICS = {
     "zero_shot": ["top1", "mean_per_class", "top5"],
     "linear_probe": ["top1", "mean_per_class"],
     "knn": ["top1", "mean_per_class"],
-    "retrieval": ["mean_recall"]
-    + [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)],
+    "retrieval": ["mean_recall", *RECALLS],
 }
 DEFAULT_TEMPLATES = "clip_80"
 NAMED_BY = {
@@ -125,7 +125,7 @@ def _templates(place: Path, given: str | None) -> Templates:
 
 def _title(place: Path) -> str:
     """The folder's name, with the one above where it says which split it is only."""
-    inner = place.name in ("train", "val", "valid", "validation", "test", "shards")
+    inner = place.name in (*SPLITS, "shards")
     return f"{place.parent.name}/{place.name}" if inner else place.name or "root"
 
 

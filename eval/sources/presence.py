@@ -6,16 +6,8 @@ from pathlib import Path
 
 from eval.sources.registry import EvalDataset
 from loaders.errors import DataError
+from loaders.file_names import SYSTEM, is_image
 
-IMAGE_SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm",
-}  # fmt: skip
-# Names, in small letters, that systems and file servers leave in folders, beside hidden ones.
-SYSTEM = {
-    "__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin",
-    "system volume information", "lost+found", "__pycache__", "thumbs.db", "desktop.ini",
-}  # fmt: skip
 # Only these read no other split than the test split.
 TEST_ONLY = ("zero_shot", "retrieval")
 
@@ -75,12 +67,12 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if meant(name)]
         for path in (Path(place, name) for name in names if meant(name)):
-            (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+            (images if is_image(path.name) else others).append(path)
     return sorted(images), sorted(others)
 
 
 def meant(name: str) -> bool:
-    """Whether a person gave a file or folder this name; not if it is hidden, or of `SYSTEM`."""
+    """Whether a person gave a file or folder this name; not if it is hidden, or the system's."""
     return not name.startswith(".") and name.lower() not in SYSTEM
 
 

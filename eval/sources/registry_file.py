@@ -11,13 +11,14 @@ from loaders.errors import ConfigError
 
 KINDS = ("auto", "shards", "webdataset", "huggingface", "folder")
 CLASSIFICATION = {"top1", "top5", "mean_top1_top5", "mean_per_class"}
+# Of retrieval.
+RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 # What each task can measure; a row names those that it wants.
 METRICS = {
     "zero_shot": CLASSIFICATION | {"map_11_point", "roc_auc"},
     "linear_probe": {"top1", "mean_per_class", "map_11_point", "roc_auc"},
     "knn": CLASSIFICATION,
-    "retrieval": {"mean_recall", "rsum"}
-    | {f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)},
+    "retrieval": {"mean_recall", "rsum", *RECALLS},
     "detection": {"box_map", "mask_map"},
 }
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
 from eval import rows
+from eval.sources.class_texts import digest
 from eval.sources.splits import EvalSplit
 from loaders.errors import ConfigError, DataError
 from loaders.progress import Progress
@@ -168,7 +169,7 @@ class Extractor:
             "checkpoint": self.run.checkpoint_hash,
             "kind": "text",
             "tokenizer": [self.tokenizer.digest, self.tokenizer.context_length],
-            "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+            "texts": digest(texts),
         }
         tokenized = _Texts(texts, self.tokenizer)
         return self._run(description, tokenized, self.model.encode_text, 0, title)
@@ -258,8 +259,8 @@ def initial_head(
     """
     if start == "text":
         class_texts, templates = test.row.class_texts(names), test.templates()
-        digest = rows.prompt_digest(class_texts, templates)
-        return extractor.class_weights(class_texts, templates), digest
+        weights = extractor.class_weights(class_texts, templates)
+        return weights, rows.prompt_digest(class_texts, templates)
     generator = torch.Generator().manual_seed(0)
     shape = (len(names), extractor.model.embed_dim)
     return torch.randn(shape, generator=generator) * INITIAL_DEVIATION, None

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.sources.presence import IMAGE_SUFFIXES
 from loaders import specs
 from loaders.errors import DataError
+from loaders.file_names import IMAGE_SUFFIXES, is_image
 from loaders.manifest import ShardSet, open_shards
 from loaders.manifest_file import MANIFEST
 from loaders.printable import printable
@@ -103,5 +103,5 @@ def _below(folder: Path) -> Iterator[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            if not name.startswith(".") and is_image(name):
                 yield os.path.join(place, name)

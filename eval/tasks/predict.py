@@ -94,8 +94,8 @@ def run(args: argparse.Namespace, pictures: Pictures, shown: list[str], texts: l
     if accelerator.num_processes > 1:
         raise ConfigError("eval.predict runs in one process; give each its own share of the images")
     loaded = weights.load(args.checkpoint)
-    _check(loaded, args)
     extractor = Extractor(accelerator, loaded, None, args.batch_size, args.workers)
+    _check(extractor, args)
     kept = extractor.embedding
     with torch.inference_mode(), ExitStack() as opened:
         classify = Classifier(extractor, texts, args.templates) if shown else None
@@ -117,18 +117,18 @@ def run(args: argparse.Namespace, pictures: Pictures, shown: list[str], texts: l
     return _summary(args, loaded, used, bad, kept, len(shown))
 
 
-def _check(loaded: weights.LoadedRun, args: argparse.Namespace) -> None:
+def _check(extractor: Extractor, args: argparse.Namespace) -> None:
     """Raise ConfigError for what the model was not trained for."""
-    method = (loaded.cfg.get("loss") or {}).get("name")
+    name, method = extractor.run.name, extractor.method
     if args.classes and method in IMAGES_ALONE:
         raise ConfigError(
-            f"{loaded.name}: trained with loss.name={method}, which sees no texts, so nothing "
-            "connects its images with names of classes; leave --classes out and give --embed, or "
-            "fit a classifier with eval.linear_probe"
+            f"{name}: trained with loss.name={method}, which sees no texts, so nothing connects "
+            "its images with names of classes; leave --classes out and give --embed, or fit a "
+            "classifier with eval.linear_probe"
         )
-    if args.embed and loaded.model.cfg.similarity == "late":
+    if args.embed and extractor.late:
         raise ConfigError(
-            f"{loaded.name}: model.similarity=late compares tokens, and no one vector of an image "
+            f"{name}: model.similarity=late compares tokens, and no one vector of an image "
             "is trained; leave --embed out (--classes works)"
         )
 

@@ -15,6 +15,7 @@ from engine.meter import TAKEN, Meter
 from losses import multitask
 from tests import multiprocess
 from tests.commands import CONFIG, ROOT
+from tests.engine.logs import untimed
 
 SETTINGS = (
     "loss={name: multitask}", "train.steps=7", "log.every_steps=3", "log.save_every_steps=4",
@@ -94,23 +95,9 @@ def found(tmp_path_factory):
     return folder, multiprocess.run(runs, 2, folder)
 
 
-def lines(folder):
-    """Of metrics.jsonl, without what a clock or the machine says."""
-    timed = (
-        "time",
-        "samples_per_second",
-        "data_seconds",
-        "eta_seconds",
-        "data_share",
-        "memory_gb",
-    )
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in timed} for record in records]
-
-
 def test_terms_and_scalars_are_means_over_ranks_and_window(found):
     folder, ranks = found
-    records = lines(folder / "whole")
+    records = untimed(folder / "whole")
     assert [record["step"] for record in records] == [3, 6, 7]
     for name, first in ranks[0]["seen"].items():
         assert len(first) == 7
@@ -129,7 +116,7 @@ def test_the_line_of_a_record_is_short_and_starts_with_the_clock(found):
     said = (folder / "whole" / "log.txt").read_text().splitlines()
     said = [line for line in said if " step " in line]
     assert len(said) == 3
-    for line, record in zip(said, lines(folder / "whole"), strict=True):
+    for line, record in zip(said, untimed(folder / "whole"), strict=True):
         clock, rest = line.split(" ", 1)
         assert datetime.fromisoformat(clock)
         assert record["floor"] == 0  # this method has none, so none is shown
@@ -157,7 +144,7 @@ def test_a_run_killed_inside_a_window_logs_the_same_scalars(found):
     folder, _ = found
     assert json.loads((folder / "cut/window.jsonl").read_text().splitlines()[0])["step"] == 4
     assert "after step 4" in (folder / "cut/log.txt").read_text()
-    assert lines(folder / "cut") == lines(folder / "whole")  # floats to the last bit
+    assert untimed(folder / "cut") == untimed(folder / "whole")  # floats to the last bit
 
 
 def test_names_of_scalars_are_fixed_and_their_own(found):

@@ -17,6 +17,7 @@ from engine.mirrors import chosen
 from loaders.errors import ConfigError
 from tests import commands, multiprocess
 from tests.commands import CONFIG, ROOT
+from tests.engine.logs import records, untimed
 
 # Lines of the log cover 3 steps, the checkpoint comes after 20: inside a window.
 SETTINGS = ["train.steps=32", "log.every_steps=3", "log.save_every_steps=20", "data.workers=0"]
@@ -62,26 +63,9 @@ def evaluation(checkpoint):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     kill_after_lines(folder / "cut", 8)
-    before = lines(folder / "cut"), (folder / "cut/checkpoints/LAST_GOOD").read_text()
+    before = records(folder / "cut"), (folder / "cut/checkpoints/LAST_GOOD").read_text()
     multiprocess.run(rest_and_whole, 1, folder)
     return folder, before
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(records):
-    timed = (
-        "time",
-        "samples_per_second",
-        "data_seconds",
-        "eta_seconds",
-        "data_share",
-        "speed_ratio",
-        "memory_gb",
-    )
-    return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
 
 def test_the_log_of_a_continued_run_equals_that_of_an_uninterrupted_one(runs):
@@ -89,14 +73,14 @@ def test_the_log_of_a_continued_run_equals_that_of_an_uninterrupted_one(runs):
     folder, (before, kept) = runs
     assert kept == "step_0000020\n"
     assert [record["step"] for record in before][:8] == [3, 6, 9, 12, 15, 18, 21, 24]
-    assert [record["step"] for record in lines(folder / "cut")] == STEPS
-    assert without_times(lines(folder / "cut")) == without_times(lines(folder / "whole"))
+    assert [record["step"] for record in records(folder / "cut")] == STEPS
+    assert untimed(folder / "cut") == untimed(folder / "whole")
 
 
 def expected_scalars(folder):
     found = {
         (f"train/{key}", record["step"]): value
-        for record in lines(folder)
+        for record in records(folder)
         for key, value in record.items()
         if key not in ("step", "time") and value is not None
     }

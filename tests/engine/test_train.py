@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 
 import psutil
@@ -20,12 +19,12 @@ from safetensors.numpy import load_file
 from loaders.manifest import write_manifest
 from tests import commands
 from tests.commands import CONFIG, ROOT
-from tests.multiprocess import free_port
+from tests.multiprocess import free_port, wait_for_lines
 
 
-def command(*arguments, ranks=1):
+def command(*arguments, ranks=None):
     launcher = [sys.executable]
-    if ranks > 1:
+    if ranks:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         launcher += ["--master_port", str(free_port())]
     return [*launcher, "train.py", "--config", CONFIG, *arguments]
@@ -35,8 +34,9 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(*arguments, ranks=1, timeout=240, path=""):
-    """A fresh interpreter, or a real torchrun: `tests.commands.train` does the same for less."""
+def start(*arguments, ranks=None, timeout=240, path=""):
+    """A fresh interpreter, or with `ranks` a real torchrun: `tests.commands.train` does the same
+    for less."""
     return subprocess.run(
         command(*arguments, ranks=ranks), cwd=ROOT, env=environment() | {"PYTHONPATH": str(path)},
         timeout=timeout, capture_output=True, text=True, check=False,
@@ -52,7 +52,8 @@ class Last:
         if now() == own:
             kill(own, number)
 
-last = Last()
+if "RANK" in os.environ:  # not in the launcher
+    last = Last()
 """
 
 
@@ -62,25 +63,31 @@ def trace(folder):
     return [{key: json.loads(line)[key] for key in keys} for line in lines]
 
 
-def interrupt(folder, arguments, after, number):
-    """Start a 2-rank run and send a signal to the ranks once `after` steps are logged."""
-    process = subprocess.Popen(
+def forked(*arguments):
+    """Two ranks without a launcher, in the background: the command, and its processes."""
+    run = commands.training(*arguments, ranks=2)
+    return run, [psutil.Process(process.pid) for process in run.processes]
+
+
+def launched(*arguments):
+    """The same under torchrun."""
+    run = subprocess.Popen(
         command(*arguments, ranks=2), cwd=ROOT, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    metrics = folder / "metrics.jsonl"
-    deadline = time.time() + 200
-    while time.time() < deadline:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= after:
-            break
-        assert process.poll() is None, "the run ended before it could be interrupted"
-        time.sleep(0.05)
+    return run, [psutil.Process(run.pid)]
+
+
+def interrupt(way, folder, arguments, after, number):
+    """Start a 2-rank run and send a signal to the ranks once `after` steps are logged."""
+    run, family = way(*arguments)
+    wait_for_lines(folder / "metrics.jsonl", after, run)
     # torchrun starts its ranks in sessions of their own: reach ranks and data workers one by one.
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    family += [child for process in family for child in process.children(recursive=True)]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(number)
-    process.wait(timeout=120)
+    run.communicate(timeout=120)
     psutil.wait_procs(family, timeout=60)
 
 
@@ -95,7 +102,7 @@ def test_killed_run_continues_to_the_last_bit(tmp_path):
     assert whole.returncode == 0, whole.stderr[:3000]
 
     cut = [*settings, str(tmp_path / "cut")]
-    interrupt(tmp_path / "cut", cut, after=18, number=signal.SIGKILL)
+    interrupt(launched, tmp_path / "cut", cut, after=18, number=signal.SIGKILL)
     assert (tmp_path / "cut/checkpoints/LAST_GOOD").read_text() == "step_0000015\n"
     resumed = start(*cut, ranks=2)
     assert resumed.returncode == 0, resumed.stderr[:3000]
@@ -111,11 +118,12 @@ def test_killed_run_continues_to_the_last_bit(tmp_path):
     assert all((first[key] == second[key]).all() for key in first)
 
 
-def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration(tmp_path):
-    """And goes on with another number of ranks by the same command; USR1 at the exit of a run that
-    is finished is no failure."""
+@pytest.mark.parametrize("way", [forked, pytest.param(launched, marks=pytest.mark.soak)])
+def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration(tmp_path, way):
+    """And goes on with another number of ranks by the same command, under torchrun; USR1 at the
+    exit of a run that is finished is no failure."""
     settings = ["log.save_every_steps=1000", "--output-dir", str(tmp_path), "train.steps=400"]
-    interrupt(tmp_path, settings, after=3, number=signal.SIGTERM)
+    interrupt(way, tmp_path, settings, after=3, number=signal.SIGTERM)
     last = (tmp_path / "checkpoints/LAST_GOOD").read_text().strip()
     assert json.loads((tmp_path / f"checkpoints/{last}/run.json").read_text())["step"] >= 3
     other = commands.train(*settings, "seed=1", ranks=2, kill_on_bad_exit=True)
@@ -124,7 +132,7 @@ def test_terminated_run_saves_at_the_step_edge_and_refuses_another_configuration
     assert "seed: checkpoint 0, now 1" in other.stderr
     step = int(last.removeprefix("step_"))
     (tmp_path.parent / "sitecustomize.py").write_text(SIGNAL_AT_THE_END)
-    single = start(*settings[:-1], f"train.steps={step + 2}", path=tmp_path.parent)
+    single = start(*settings[:-1], f"train.steps={step + 2}", ranks=1, path=tmp_path.parent)
     assert single.returncode == 0, single.stderr[-3000:]
     assert f"after step {step}" in single.stdout
     assert [line["step"] for line in trace(tmp_path)] == [*range(1, step + 3)]

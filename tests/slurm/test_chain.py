@@ -4,8 +4,6 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 from tests.slurm.cluster import ROOT
 
 
@@ -61,19 +59,25 @@ def test_a_failed_stage_takes_the_rest_out_of_the_queue(cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("array", ["--array=1-3", "--array=0-1", "--array=1-9", None])
-def test_an_evaluation_array_runs_every_line_once(cluster, tmp_path, array):
-    """And a line that fails keeps no other from running."""
-    lines = [f'echo "line {n}" >> {tmp_path}/{n}' for n in range(5)]
-    lines[1] += "; false"
-    (tmp_path / "commands.txt").write_text("# comment\n\n" + "\n".join(lines) + "\n")
-    job = cluster.submit(
-        *([array] if array else []), f"--output={tmp_path}/%A_%a.out",
-        "slurm/eval_array.sbatch", f"{tmp_path}/commands.txt",
-    )  # fmt: skip
-    states = cluster.finished(job)
-    assert states == ({"FAILED", "COMPLETED"} if array else {"FAILED"}), outputs(tmp_path)
-    assert [(tmp_path / str(n)).read_text() for n in range(5)] == [f"line {n}\n" for n in range(5)]
+def test_an_evaluation_array_runs_every_line_once(cluster, tmp_path):
+    """And a line that fails keeps no other from running. All arrays at the same time."""
+    jobs = {}
+    for array in ("--array=1-3", "--array=0-1", "--array=1-9", "--job-name=none"):
+        folder = tmp_path / array
+        folder.mkdir()
+        lines = [f'echo "line {n}" >> {folder}/{n}' for n in range(5)]
+        lines[1] += "; false"
+        (folder / "commands.txt").write_text("# comment\n\n" + "\n".join(lines) + "\n")
+        jobs[folder] = cluster.submit(
+            array, f"--output={folder}/%A_%a.out", "slurm/eval_array.sbatch",
+            f"{folder}/commands.txt",
+        )  # fmt: skip
+    for folder, job in jobs.items():
+        ended = {"FAILED", "COMPLETED"} if "array" in folder.name else {"FAILED"}
+        assert cluster.finished(job) == ended, outputs(folder)
+        assert [(folder / str(n)).read_text() for n in range(5)] == [
+            f"line {n}\n" for n in range(5)
+        ]
 
 
 def test_an_array_with_gaps_is_refused(cluster, tmp_path):
