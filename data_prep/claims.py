@@ -12,9 +12,10 @@ your place (docs/data.md). It needs apt-get, npm and node, and downloads 390 MB.
 # ruff: noqa: E402  (started as a script, the repository must be put on the path first)
 import argparse
 import json
+import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,7 @@ ICONS = {
     "icons_tabler": sources.TABLER,
     "icons_park": sources.ICON_PARK,
 }
+ACCURACIES = (10, 30, 60, 90)  # percent, for which the report says what can be seen
 LICENCES = {source.package.label: source.licence for source in sources.ALL}
 
 
@@ -95,9 +97,27 @@ class Builder:
             "labelled": labels.total(),
             "classes": len(labels),
             "per_class": [labels[entry["id"]] for entry in classes],
+            "half_widths": {p: half_widths(labels.values(), p) for p in ACCURACIES},
             "bytes": sum(shard["bytes"] for shard in manifest["shards"]),
             "license": manifest["license"],
         }
+
+
+def half_widths(per_class: Iterable[int], accuracy: float) -> dict[str, float]:
+    """Half of the 95 % intervals of `top1` and of `mean_per_class`, in points.
+
+    `per_class`: test images of each class that occurs; `accuracy`: percent, the same in each class.
+    The normal approximation, over the choice of test images: 1.96 times the root of the variance of
+    a mean of Bernoulli variables, and of the mean of the classes' means.
+    """
+    counts = list(per_class)
+    if not counts:
+        return {"top1": 0.0, "mean_per_class": 0.0}
+    spread = 1.96 * math.sqrt(accuracy * (100 - accuracy))
+    return {
+        "top1": round(spread / math.sqrt(sum(counts)), 1),
+        "mean_per_class": round(spread * math.sqrt(sum(1 / n for n in counts)) / len(counts), 1),
+    }
 
 
 def read_classes(builder: Builder) -> tuple[Table, list[Emoji], dict[str, tuple[str, str]], int]:
