@@ -53,6 +53,7 @@ class Table:
 
 def make_table(concepts: Concepts, emoji: Sequence[Called], drawings: Sequence[Called]) -> Table:
     """The classes that emoji and drawings share (concepts.py), in the order of their names."""
+    concepts.believe([*emoji, *drawings])
     chosen = concepts.choose(emoji, drawings)
     said = Counter()
     for called in (*emoji, *drawings):
@@ -66,11 +67,19 @@ def make_table(concepts: Concepts, emoji: Sequence[Called], drawings: Sequence[C
 
 
 def labelled_emoji(emoji: Iterable[Emoji], table: Table) -> list[tuple[Emoji, int]]:
-    """(emoji, class id) of those that have a class; of a large class, `EMOJI_PER_CLASS` by hash."""
+    """(emoji, class id) of those that have a class; of a large class, `EMOJI_PER_CLASS` by hash.
+
+    A Unicode subgroup that names a class has all emoji of it: the suit of hearts, filed with the
+    games, is no clothing.
+    """
+    emoji = [(entry, called_emoji(entry)) for entry in emoji]
+    own = defaultdict(set)
+    for folder in {folder for _, called in emoji for folder in called.folders}:
+        own[table.ids.get(table.concepts.believed.get(folder))].add((folder,))
     groups = defaultdict(list)
-    for entry in emoji:
-        label = table.label(called_emoji(entry))
-        if label is not None:
+    for entry, called in emoji:
+        label = table.label(called)
+        if label is not None and called.folders in own.get(label, {called.folders}):
             groups[label].append(entry)
     kept = []
     for label, entries in sorted(groups.items()):

@@ -107,8 +107,11 @@ def icon_samples(
         phrase = name.replace("-", " ")
         if not concepts.wordnet.senses(phrase):
             continue
-        found = concepts.assign(concepts.look_up(Called(phrase, ())), set(classes))
-        if found is not None:
+        looked = concepts.look_up(Called(phrase, ()))
+        found = concepts.assign(looked, set(classes))
+        # Nothing beside an icon says in which sense its name is meant: "chat" is no bird, but an
+        # icon called "heart" is a heart.
+        if found is not None and (concepts.frequent(phrase) or found in looked[0]):
             chosen.append((name, classes[found], phrase))
     return _samples(source, icons, chosen, resvg)
 

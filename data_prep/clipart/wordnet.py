@@ -21,6 +21,7 @@ VISIBLE = {
     "20": "plant", "25": "shape",
 }  # fmt: skip
 HEADS = "03"
+ANIMAL, FOOD, PLANT = "05", "13", "20"
 RANK = 4  # a noun's rarer meanings are not looked at: "sport", the mutant, is its fifth
 HYPERNYM = "@"  # of kinds; "@i" leads from a named individual ("Tigris") to its kind
 # The regular plurals of WordNet's own look-up, morphy(7WN).
@@ -64,10 +65,13 @@ class WordNet:
 
         A plural names what its singular does.
         """
-        for form in self._singulars(noun.lower().replace(" ", "_")):
-            if form in self._senses:
-                return self._senses[form]
-        return ()
+        form = self.singular(noun)
+        return () if form is None else self._senses[form.replace(" ", "_")]
+
+    def singular(self, noun: str) -> str | None:
+        """The noun as WordNet has it, in lower case; None when it has not."""
+        forms = self._singulars(noun.lower().replace(" ", "_"))
+        return next((form.replace("_", " ") for form in forms if form in self._senses), None)
 
     def visible(self, senses: Sequence[str]) -> list[str]:
         """Those of the first `RANK` senses that a drawing can show, less individuals (Africa)."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.claims import half_widths
 from data_prep.clipart import claims_packages, concepts, packages
-from data_prep.clipart.claims_classes import make_table, naming, part_of
+from data_prep.clipart.claims_classes import labelled_emoji, make_table, naming, part_of
 from data_prep.clipart.concepts import Called, Concepts, called_drawing, called_emoji
 from data_prep.clipart.emoji import Emoji
 from data_prep.clipart.fashion import _jpeg
@@ -37,6 +37,14 @@ DATA = """\
 00000008 06 n 02 streamer 0 flag 0 001 @ 00000001 n 0000 | a cloth
 00000009 05 n 01 puppy 0 001 @ 00000007 n 0000 | young
 00000010 17 n 01 Africa 0 001 @i 00000001 n 0000 | one of its kind
+00000011 07 n 01 volume 0 001 @ 00000001 n 0000 | how much
+00000012 06 n 02 book 0 volume 0 001 @ 00000001 n 0000 | has pages
+00000013 09 n 01 heart 0 001 @ 00000001 n 0000 | feeling
+00000014 08 n 01 heart 0 001 @ 00000001 n 0000 | beats
+00000015 20 n 01 simple 0 001 @ 00000001 n 0000 | heals
+00000016 20 n 01 peach 0 001 @ 00000001 n 0000 | a tree
+00000017 13 n 01 peach 0 001 @ 00000001 n 0000 | grows on it
+00000018 05 n 01 insect 0 001 @ 00000002 n 0000 | six legs
 """
 INDEX = """\
 animal n 1 0 1 0 00000002
@@ -47,13 +55,20 @@ dog n 1 0 1 0 00000007
 flag n 1 0 1 0 00000008
 puppy n 1 0 1 0 00000009
 africa n 1 0 1 0 00000010
+volume n 2 0 2 0 00000011 00000012
+book n 1 0 1 0 00000012
+heart n 2 0 2 0 00000013 00000014
+simple n 1 0 1 0 00000015
+peach n 2 0 2 0 00000016 00000017
+insect n 1 0 1 0 00000018
 """
 BIRD, TURKEY, DOG, FLAG, PUPPY = (f"n{n:08d}" for n in (3, 4, 7, 8, 9))
+BOOK, HEART, PEACH, INSECT = (f"n{n:08d}" for n in (12, 14, 17, 18))
 
 
 @pytest.fixture(scope="module")
 def words() -> Concepts:
-    return Concepts(WordNet(INDEX, DATA, "geese goose\n", "square a 1\n", "right r 1\n"))
+    return Concepts(WordNet(INDEX, DATA, "geese goose\n", "simple a 1\n", "right r 1\n"))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +80,12 @@ def words() -> Concepts:
         ("flag: Kenya", (), FLAG),
         ("hot dog", (), "n00000006"),  # a compound of its own, and no dog
         ("wild turkey", (), TURKEY),  # a country is no thing to draw
+        ("volume", (), None),
+        ("volume", ("entity",), BOOK),  # what stands beside it supports the rarer sense
+        ("heart", (), HEART),  # first noun of the rarer sense
+        ("simple", (), None),  # an adjective as well
+        ("peach", (), PEACH),  # the fruit, not the tree
+        ("person walking dog", (), None),
         ("Africa", (), None),  # an individual is no kind
         ("dog right", (), None),
         ("zyzzyva", (), None),
@@ -74,12 +95,34 @@ def test_concept_of_a_phrase(words, phrase, context, concept):
     assert words.of_phrase(phrase, frozenset(context)) == concept
 
 
+FILED = [
+    Called("puppy", ("dogs",)),
+    Called("wild turkey", ("birds",), ("animal",)),
+    Called("black flag", ("flags",)),
+    Called("dog", ("books",)),
+    Called("insect", ("bird",)),  # both are animals
+]
+
+
+@pytest.fixture(scope="module")
+def believing() -> Concepts:
+    concepts = Concepts(WordNet(INDEX, DATA, "geese goose\n", "simple a 1\n", "right r 1\n"))
+    concepts.believe(FILED)
+    return concepts
+
+
+def test_a_folder_is_believed_when_its_drawings_are_what_it_says(believing):
+    assert believing.believed == {"dogs": DOG, "birds": BIRD, "flags": FLAG, "bird": BIRD}
+
+
 @pytest.mark.parametrize(
     ("path", "caption", "concept"),
     [
         ("animals/dogs/rex", "Rex, pet", DOG),  # the folder
         ("animals/dogs/x", "Puppy", PUPPY),  # the title is more special than the folder
         ("signs/flags/turkey", "Turkey", None),  # title and folder contradict each other
+        ("animals/dogs/x", "heart", None),  # a title without a class disagrees, too
+        ("animals/books/x", "Acquila", None),
         ("animals/birds/x", "Acquila, turkey", TURKEY),  # a keyword makes the folder special
         ("animals/x", "Acquila, turkey, dog", None),  # keywords that disagree
         ("animals/dogs/x", "Acquila, dogs", DOG),
@@ -87,9 +130,9 @@ def test_concept_of_a_phrase(words, phrase, context, concept):
         ("office/x", "Carta, puppy", PUPPY),
     ],
 )
-def test_class_of_a_drawing(words, path, caption, concept):
-    found = words.look_up(called_drawing(path, caption))
-    assert words.assign(found, {BIRD, TURKEY, DOG, FLAG, PUPPY}) == concept
+def test_class_of_a_drawing(believing, path, caption, concept):
+    found = believing.look_up(called_drawing(path, caption))
+    assert believing.assign(found, {BIRD, TURKEY, DOG, FLAG, PUPPY, BOOK}) == concept
 
 
 def test_without_the_special_class_the_next_one_above_it_counts(words):
@@ -98,7 +141,8 @@ def test_without_the_special_class_the_next_one_above_it_counts(words):
     assert words.assign(found, {BIRD}) is None
 
 
-def test_a_class_is_named_by_both_sources_and_has_enough_drawings(words):
+def test_a_class_is_named_by_both_sources_and_has_enough_drawings():
+    words = Concepts(WordNet(INDEX, DATA, "geese goose\n", "simple a 1\n", "right r 1\n"))
     emoji = [
         called_emoji(Emoji((0x1F436,), "animal-mammal", "dog face")),
         called_emoji(Emoji((0x1F415,), "animal-mammal", "puppy")),
@@ -107,12 +151,17 @@ def test_a_class_is_named_by_both_sources_and_has_enough_drawings(words):
     ]
     drawings = [Called("dog", ())] * (concepts.MIN_DRAWINGS - 1)
     drawings += [Called("puppy", ())] * concepts.MIN_SAID  # too few for a class: they are dogs
-    drawings += [Called("", ("birds",))] * concepts.MIN_DRAWINGS
+    drawings += [Called("turkey", ("birds",))] + [Called("", ("birds",))] * concepts.MIN_DRAWINGS
     table = make_table(words, emoji, drawings)
     # No drawing is a flag. Birds are called so by the subgroup of the turkey.
     assert table.names == ["bird", "dog"]
     assert table.ids == {BIRD: 0, DOG: 1}
     assert [table.label(called) for called in emoji] == [1, 1, 0, None]
+    # The subgroup of birds has all birds.
+    found = labelled_emoji(
+        [Emoji((1,), "animal-bird", "turkey"), Emoji((2,), "game", "bird")], table
+    )
+    assert [(entry.name, label) for entry, label in found] == [("turkey", 0)]
 
 
 def test_parts_hold_out_what_the_quickstart_holds_out():
