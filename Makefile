@@ -24,6 +24,12 @@ export HF_DATASETS_OFFLINE ?= 1
 export NO_ALBUMENTATIONS_UPDATE ?= 1
 export PYTHONUNBUFFERED ?= 1
 
+# A step on a CPU frees and takes the same large tensors again. Unless told not to, glibc hands them
+# back to the kernel each time and gets pages that have to be cleared first. No number changes.
+quickstart family: export MALLOC_MMAP_MAX_ ?= 0
+quickstart family: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+quickstart family: export MALLOC_TOP_PAD_ ?= 268435456
+
 .PHONY: quickstart test durations soak gpu-check lint family bench
 BENCHES := loss methods filip loss_ranks loader size step scaling_model gpu_loss gpu_step gpu_end_to_end data_prep evaluation
 
@@ -43,6 +49,7 @@ quickstart: $(STAMP)
 	$(BIN)/python -m eval.retrieval --checkpoint $(RUNS:%=$(RUN)/%) --datasets quickstart --output $(RUN)/results
 	$(BIN)/python -m eval.plots --runs $(RUNS:%=$(RUN)/%) --results $(RUN)/results --output $(RUN)/report
 	$(BIN)/python -m eval.tables $(RUN)/results
+	@echo "Everything on one page, for a browser: $(CURDIR)/$(RUN)/report/index.html"
 
 # More workers than the two cores of a runner, since long tests wait: for servers, time-outs, SLURM.
 WORKERS ?= 3

@@ -43,7 +43,7 @@ def main() -> None:
         overrides.append(f"output_dir={arguments.output_dir}")
     if arguments.deepspeed_config is not None:
         overrides.append(f"deepspeed={arguments.deepspeed_config}")
-    cfg = config.load(arguments.config, overrides)
+    cfg = config.load(arguments.config, overrides, need_data=True)
 
     from engine.signals import StopRequest
 
@@ -52,18 +52,20 @@ def main() -> None:
 
     from loaders.left_out import left_out
 
+    evaluate = None
     with left_out("wandb"):  # timm imports it for a function that nobody calls here
+        if (
+            cfg.evals.every_steps
+        ):  # first, because it says what is missing before DeepSpeed is loaded
+            from functools import partial
+
+            from eval import in_training
+
+            chosen = in_training.select(cfg.evals.tasks)
+            evaluate = partial(in_training.evaluate, chosen=chosen)
         from engine import build, dist, launch, record
 
     launch.map_environment(os.environ)
-    evaluate = None
-    if cfg.evals.every_steps:
-        from functools import partial
-
-        from eval import in_training
-
-        chosen = in_training.select(cfg.evals.tasks)
-        evaluate = partial(in_training.evaluate, chosen=chosen)
     plan = build.plan(cfg, world_size=int(os.environ["WORLD_SIZE"]))
     if arguments.dry_run:
         if os.environ["RANK"] == "0":
@@ -83,6 +85,7 @@ def main() -> None:
     device = dist.initialise(cfg.timeout_minutes)
     Run(plan, device, evaluate, stop).run()
     dist.finish()
+    stop.ignore()
 
 
 if __name__ == "__main__":

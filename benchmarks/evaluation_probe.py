@@ -25,7 +25,6 @@ from eval.sources import common_classes
 from eval.sources.registry import REGISTRY, EvalDataset, Registry
 from eval.tasks import elevater_metrics, elevater_probe, evaluation, features
 from eval.tasks.features import Extractor
-from loaders import views
 from models import weights
 
 LEARNING_RATE = 1e-1
@@ -70,7 +69,7 @@ class OverImages:
             splits, classes = common_classes.open_splits(row, ("train",), extractor.size)
             train, test = splits["train"], splits["test"]
             self.head = features.initial_head(extractor, test, classes.names, "text")[0]
-        self.tower, self.mean, self.std = extractor.model, extractor.mean, extractor.std
+        self.tower, self.normalize = extractor.model, extractor.transform.normalize
         self.labels, self.truth = classes.targets["train"], classes.targets["test"]
         self.images = torch.stack([train[i] for i in range(len(train))])
         self.test = torch.stack([test[i] for i in range(len(test))])
@@ -80,7 +79,7 @@ class OverImages:
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Features (b, D) of uint8 images (b, 3, H, W)."""
         self.encoded += len(images)
-        return self.tower.encode_image(views.normalize(images, self.mean, self.std))["feature"]
+        return self.tower.encode_image(self.normalize(images))["feature"]
 
     @torch.no_grad()
     def scores(self, model: nn.Module, images: torch.Tensor) -> np.ndarray:

@@ -8,7 +8,6 @@ and its row says so; one that needs more memory than the card has says that. Wit
 of other sections stay in the file.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -24,7 +23,6 @@ import torch
 
 from benchmarks import harness
 
-BUDGET = 220.0  # seconds, so that a benchmark with its start takes less than four minutes
 # Dense bfloat16 FLOP/s by what the name of the device holds (NVIDIA's data sheets, SXM).
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 Row = dict[str, Any]
@@ -50,10 +48,7 @@ Sections = dict[str, Callable[[], Iterable[Job]]]
 
 def main(name: str, sections: Sections) -> None:
     """Command line of a benchmark; without a GPU it says so and measures nothing."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds to begin jobs in")
-    parser.add_argument("--only", choices=list(sections), help="one section")
-    arguments = parser.parse_args()
+    arguments = harness.parser(name, sections=list(sections)).parse_args()
     if not torch.cuda.is_available():
         print(f"no GPU: {name} measures nothing")
         return

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+BUDGET = 220.0  # seconds of one on a GPU, which takes less than four minutes with its start
 
 
 def machine() -> dict[str, Any]:
@@ -78,15 +79,36 @@ def peak_mib(function: Callable[[], Any]) -> float:
     return (_status("VmHWM") - before) / 1024
 
 
+def parser(
+    name: str, about: str | None = None, sections: Iterable[str] | None = None
+) -> argparse.ArgumentParser:
+    """The command line of a benchmark.
+
+    Args:
+        name: of its module; those of a GPU begin with `gpu_`. about: what it is, for --help.
+        sections: of one of a GPU, where they are known.
+    """
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if name.startswith("gpu_"):
+        made.add_argument(
+            "--budget", type=float, default=BUDGET, help="seconds to begin jobs in (%(default)s)"
+        )
+        made.add_argument("--only", choices=sections, metavar="SECTION", help="one section")
+    else:
+        made.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    return made
+
+
 def main(name: str, rows: Callable[[bool], Iterable[dict[str, Any]]]) -> None:
     """Command line of a benchmark: print each row as it comes, keep all in results/NAME.jsonl.
 
     A row has `name`, `value`, and where there is one `target` and `met`. Quick rows are printed
     only: they say that the benchmark works, not how fast anything is.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
-    quick = parser.parse_args().quick
+    quick = parser(name).parse_args().quick
     facts = {"machine": machine(), "date": datetime.now(UTC).date().isoformat()}
     lines = []
     for row in rows(quick):

@@ -15,10 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from matplotlib import pyplot
-
 from benchmarks import harness
-from losses._gather import grid_shape
 
 RANKS = tuple(2**n for n in range(10))
 UNITS = {"ours": 4, "open_clip": 6}  # products of B x b x D per step
@@ -63,12 +60,18 @@ class Moved:
     messages: int
 
 
+def _grid(ranks: int) -> tuple[int, int]:
+    from losses._gather import grid_shape  # late: torch takes seconds, which --help need not
+
+    return grid_shape(ranks)
+
+
 def traffic(side: str, ranks: int, batch: int, width: int) -> Moved:
     """Of `ours` (the rank grid) or of `open_clip` (local_loss and gather_with_grad)."""
     share = batch / ranks
     if side == "open_clip":  # gathers both sides, reduce-scatters both gradients
         return Moved(4 * (ranks - 1) * share * width * 4, 0.0, 4 * (ranks - 1))
-    rows, columns = grid_shape(ranks)
+    rows, columns = _grid(ranks)
     features = 2 * (rows + columns - 2) * share * width * 4
     # Sizes and labels of all ranks (int64); then, of the `columns` ranks that share rows, one
     # maximum and two sums per row, of the `rows` that share columns one and one; and the loss.
@@ -95,7 +98,7 @@ def predict(ranks: int, pieces: Pieces) -> dict:
     # ZeRO-1 reduce-scatters 16-bit gradients and gathers the weights; DDP's all-reduce is as much.
     weights = 2 * (ranks - 1) / ranks * pieces.parameters * 2
     update = weights / link + 2 * (ranks - 1) * latency
-    p, q = grid_shape(ranks)
+    p, q = _grid(ranks)
     row = {"gpus": ranks, "grid": f"{p}x{q}", "per_gpu": share, "parameter_mb": weights / 1e6,
            "encoder_ms": 1e3 * encoders, "update_ms": 1e3 * update}  # fmt: skip
     for side, units in UNITS.items():
@@ -135,6 +138,8 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict], pieces: Pieces, path: Path) -> None:
     """Left: parts of a step. Right: what a GPU receives."""
+    from matplotlib import pyplot
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     gpus = [row["gpus"] for row in rows]
     for key, name, style in (

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +25,7 @@ from data_prep.archives.image_table import Images
 from data_prep.archives.nested_tar import open_images
 from data_prep.sets import arguments as set_arguments
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.progress import Progress
 from loaders.specs import as_path
 
 SOURCE = "ImageNet, ILSVRC2012 (https://image-net.org)"
@@ -144,7 +144,7 @@ def check_md5(path: Path, expected: str) -> None:
     digest = hashlib.md5(usedforsecurity=False)
     with (
         open(path, "rb") as file,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"md5 {path.name}") as bar,
+        Progress(desc=f"md5 {path.name}", unit="B", scaled=True, total=path.stat().st_size) as bar,
     ):
         while block := file.read(1 << 22):
             digest.update(block)

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,6 +25,7 @@ from data_prep.download import img2ds, options, url_list
 from data_prep.download.reasons import FAILURES, SUCCESS, TEMPORARY, reason_group
 from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError, run_cli
+from loaders.progress import Progress
 from loaders.specs import as_path
 
 ALL = "all"
@@ -37,9 +37,7 @@ def failed_rows(out: Path) -> tuple[np.ndarray, np.ndarray]:
     reason group of the last try of each (n,) str. Raises `DataError` for an unreadable parquet.
     """
     rows, groups = [np.empty(0, np.int64)], [np.empty(0, str)]
-    for shard in tqdm(
-        set_folder.finished(out), desc="reading what failed", unit="shard", mininterval=1
-    ):
+    for shard in Progress(set_folder.finished(out), desc="reading what failed", unit="shard"):
         path = out / set_folder.SHARDS / f"{set_folder.shard_name(shard)}.parquet"
         try:
             table = pq.read_table(path, columns=["row", "status", "error_message"])

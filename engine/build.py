@@ -25,7 +25,7 @@ from engine.schedule import learning_rate
 from loaders import caption_recipes, choices, source_names, texts, tokenizers, views
 from loaders.arrays import ArrayShape
 from loaders.batch import TextOptions, TripletDataset
-from loaders.errors import ConfigError, DataError
+from loaders.errors import ConfigError
 from loaders.labels import LabelSpace
 from loaders.manifest import ShardSet, open_shards
 from loaders.one_source import OneSourceOrder
@@ -260,10 +260,8 @@ def model_config(cfg: DictConfig) -> ModelConfig:
 
 
 def _open(spec: str, kind: str) -> ShardSet:
-    try:
+    with config_paths.named(f"data.{kind}", spec):
         return open_shards(spec, kind=kind)
-    except DataError as error:
-        raise DataError(f"data.{kind}: {error}{config_paths.advice(spec)}") from None
 
 
 def _check_sources(sources: list[ShardSet], cfg: DictConfig, method: type[Method]) -> None:

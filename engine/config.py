@@ -128,18 +128,19 @@ class RunConfig:
 _WRONG_KINDS = OmegaConfBaseException, OverflowError, TypeError, ValueError, RecursionError
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), need_data: bool = False) -> DictConfig:
     """Read a configuration file with its parents and apply overrides.
 
     Args:
         path: a YAML file. overrides: `key.sub=value` strings, read by `engine.config_text`.
+        need_data: refuse data that is not there, before what is long to load.
 
     Returns:
         A `RunConfig` as a checked `DictConfig`, its paths as `engine.config_paths` finds them.
 
     Raises:
         ConfigError: unreadable file, circular `base`, unknown key, value of a wrong type, or a file
-            that is nowhere; names the configuration.
+            that is nowhere; names the configuration. DataError: see `need_data`.
     """
     path = Path(os.path.expanduser(path))
     layers = config_layers.read(path, overrides, RunConfig)
@@ -153,7 +154,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
             key = getattr(error, "full_key", None) or "the whole file"
             raise ConfigError(f"{path}: {key}: {str(error).splitlines()[0]}") from None
     try:
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        if need_data:  # first, because a method comes with torch
+            config_paths.require_data(values, layers)
         config_rules.check(cfg)
         config_paths.settle(cfg, layers)
     except ConfigError as error:

@@ -8,14 +8,15 @@ tokenizers, as Hugging Face reads them. `~` at the start of a path is the home f
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from engine.config_layers import Layer
-from loaders import specs, texts
+from loaders import manifest, specs, texts
 from loaders.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,13 +35,7 @@ def settle(cfg: DictConfig, layers: Sequence[Layer]) -> None:
     changed["deepspeed"] = _file(cfg.deepspeed, "deepspeed", layers)
     if cfg.data.templates not in texts.presets():
         changed["data.templates"] = _file(cfg.data.templates, "data.templates", layers)
-    for key in SPECIFICATIONS:
-        value = cfg_values["data"][key.removeprefix("data.")]
-        places = _places(key, layers)
-        if isinstance(value, str):
-            changed[key] = _specification(value, key, places)
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-            changed[key] = [_specification(item, key, places) for item in value]
+    changed |= _sources(cfg_values, layers)
     changed["model"] = model = _at_home(cfg_values["model"])
     if reference := model.get("reference"):
         places = _places("model.reference.folder", layers)
@@ -50,6 +45,43 @@ def settle(cfg: DictConfig, layers: Sequence[Layer]) -> None:
         before = cfg_values[section][name] if section else cfg_values[name]
         if value != before:
             OmegaConf.update(cfg, key, value, merge=False)
+
+
+def require_data(values: dict[str, Any], layers: Sequence[Layer]) -> None:
+    """Refuse data that is not there; opens no tar.
+
+    Args:
+        values: of the whole configuration. layers: where they come from.
+
+    Raises:
+        DataError: a folder or tar of one of SPECIFICATIONS is missing. ConfigError: an address.
+    """
+    for key, found in _sources(values, layers).items():
+        for spec in [found] if isinstance(found, str) else found:
+            with named(key, spec):
+                manifest.shard_paths(spec)
+
+
+def _sources(values: dict[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
+    """The data specifications that are meant, by key; others than texts are refused later."""
+    found: dict[str, Any] = {}
+    for key in SPECIFICATIONS:
+        value = values["data"][key.removeprefix("data.")]
+        places = _places(key, layers)
+        if isinstance(value, str):
+            found[key] = _specification(value, key, places)
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            found[key] = [_specification(item, key, places) for item in value]
+    return found
+
+
+@contextmanager
+def named(key: str, spec: str) -> Iterator[None]:
+    """A `DataError` about the data specification `spec` names its key, and where was looked."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}: {error}{advice(spec)}") from None
 
 
 def advice(spec: str) -> str:

@@ -6,6 +6,8 @@
 shows ranks, nodes, devices and versions, and tries one all-reduce.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import platform
@@ -16,16 +18,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # run as a file: Python put engine/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-import torch.distributed
-
-from engine import dist
 from loaders.errors import CommandParser, DataError, run_cli
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check(timeout_minutes: float) -> str | None:
@@ -35,6 +36,12 @@ def check(timeout_minutes: float) -> str | None:
         DataError: ranks that did not arrive or stopped on the way, by name; an all-reduce that
             does not finish or has a wrong result; different versions on different ranks.
     """
+    # Late, as below: torch takes seconds, and --help should not.
+    import torch
+    import torch.distributed
+
+    from engine import dist
+
     device = dist.initialise(timeout_minutes)
     ranks = range(dist.world_size())
     store = dist.connect(timedelta(minutes=timeout_minutes))
@@ -63,6 +70,8 @@ def check(timeout_minutes: float) -> str | None:
 def _unfinished(
     store: torch.distributed.Store, ranks: Sequence[int], timeout_minutes: float
 ) -> str:
+    from engine import dist
+
     if not all(store.check([f"facts/{r}"]) for r in ranks):
         return dist.absent(store, "facts", ranks, "at the all-reduce", timeout_minutes)
     return (
@@ -74,6 +83,10 @@ def _unfinished(
 
 
 def _facts(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from engine import dist
+
     cuda = device.type == "cuda"
     versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
     versions["CUDA"] = torch.version.cuda or "none"
@@ -94,6 +107,8 @@ def _facts(device: torch.device) -> dict[str, Any]:
 
 def _table(facts: list[dict[str, Any]], total: int, seconds: float) -> str:
     """One line per rank, then what is common to all."""
+    from engine import dist
+
     by_version: dict[str, list[int]] = {}
     for number, row in enumerate(facts):
         by_version.setdefault(row.pop("versions"), []).append(number)
@@ -125,7 +140,10 @@ def main() -> None:
         description="Try how the processes of a job find each other.",
     )
     parser.add_argument("--timeout-minutes", type=float, default=2, metavar="M")
-    table = check(parser.parse_args().timeout_minutes)
+    arguments = parser.parse_args()
+    from engine import dist
+
+    table = check(arguments.timeout_minutes)
     if table:
         print(table, flush=True)
     dist.finish()

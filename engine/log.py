@@ -1,5 +1,6 @@
 """What a run says: console and log.txt for people, metrics.jsonl for everything else.
 
+Console and log.txt have the same lines; one of a window is a short view of its record.
 TensorBoard and wandb are mirrors of metrics.jsonl (engine/mirrors.py).
 """
 
@@ -10,13 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from engine import dist
 from engine.clock import duration
 from engine.environment import now
 from engine.mirrors import Mirrors
 from loaders.printable import printable
+from loaders.progress import Progress
+
+
+class StepBar(Progress):
+    """The steps of a run. Off a terminal a line stands only between two records that are long in
+    coming, and holds no rate of its own."""
+
+    @property
+    def line(self) -> str:
+        """As the beginning of a record's line."""
+        return _stamped(f"step {self.n}/{self.total}")
 
 
 class RunLog:
@@ -33,7 +44,7 @@ class RunLog:
         self.metrics = folder / "metrics.jsonl"
         self.text = folder / "log.txt"
         self.mirrors: Mirrors | None = None
-        self.bar: tqdm | None = None
+        self.bar: StepBar | None = None
 
     def open(self) -> None:
         """Lines may be written from here on; the folder is made if it is missing."""
@@ -51,18 +62,20 @@ class RunLog:
         if self.active:
             self.mirrors = Mirrors(self.cfg, self.folder, step, self.say)
             keep_until(self.metrics, step)
-            self.bar = tqdm(
-                total=self.steps, initial=step, unit="step", disable=None, file=sys.stdout,
-                leave=False,
+            self.bar = StepBar(
+                desc="training", unit="step", total=self.steps, initial=step, leave=False,
+                file=sys.stdout,
             )  # fmt: skip
 
     def say(self, line: str) -> None:
         """One line to the console and to log.txt."""
         if self.active:
             line = _stamped(printable(line))
-            tqdm.write(line, file=sys.stdout)
+            Progress.write(line, file=sys.stdout)
             sys.stdout.flush()
             self._append(line)
+            if self.bar:
+                self.bar.quiet()
 
     def note(self, line: str) -> None:
         """One line to log.txt alone: what stderr says anyway."""
@@ -105,28 +118,29 @@ class RunLog:
 
 
 def format_line(record: dict[str, Any], steps: int) -> str:
-    """The console line of a record of metrics.jsonl."""
-    parts = [
-        f"step {record['step']}/{steps} ({100 * record['step'] / steps:.0f}%)",
-        f"samples {record['samples']}",
-        f"loss {record['loss']:.4f} (floor {record['floor']:.4f})",
-    ]
-    for name, key in (("label", "loss_image_label"), ("text", "loss_image_text")):
-        if key in record:
-            parts.append(f"{name} {record[key]:.4f}")
-    parts += [f"{k} {v:.4f}" for k, v in record.items() if k.endswith("_loss")]
-    parts.append(f"positives {record['mean_positives']:.2f}")
-    parts.append(f"lr {record['lr']:.3e} scale {record['scale']:.2f}")
-    if record.get("grad_norm") is not None:
-        parts.append(f"grad {record['grad_norm']:.3f}")
+    """The console line of a record of metrics.jsonl.
+
+    With the clock before it, it has fewer than 120 characters for up to 999,999 steps, 999,999
+    samples/s and 999 hours. The floor is shown where it is above 0, so where there are labels.
+
+    Args:
+        record: the record. steps: of the whole run.
+    """
+    loss = f"loss {_decimals(record['loss'], 4 if record['loss'] < 10 else 3)}"
+    if record["floor"] > 0:
+        loss += f" (floor {_decimals(record['floor'], 2)})"
+    parts = [f"step {record['step']}/{steps}", loss, f"lr {record['lr']:.2e}"]
     if "samples_per_second" in record:
-        parts.append(
-            f"{record['samples_per_second']:.0f} samples/s data {record['data_seconds']:.3f}s "
-            f"ETA {duration(record['eta_seconds'])}"
-        )
-    if record["bad_samples"]:
-        parts.append(f"bad {record['bad_samples']}")
-    return " | ".join(parts)
+        parts.append(f"{_decimals(record['samples_per_second'], 0)} samples/s")
+        parts.append(f"ETA {duration(record['eta_seconds'])}")
+    memory = record["memory_gb"]
+    parts.append(f"{memory:.{1 if memory < 10 else 0}f} GB")
+    return ", ".join(parts)
+
+
+def _decimals(value: float, decimals: int) -> str:
+    """With so many decimals, or in short where that would be long."""
+    return f"{value:.{decimals}f}" if abs(value) < 10 ** (6 - decimals) else f"{value:.3g}"
 
 
 def _stamped(text: str) -> str:

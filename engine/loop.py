@@ -84,7 +84,7 @@ class Trainer:
                 target = self._save()
                 if due and target and not received:  # a job about to be killed has no time for it
                     self._evaluate(target)
-            if received:
+            if received and self.done < self.plan.steps:  # else nothing is left to come back for
                 return received
         if self.saved != self.done and not self._save():
             self.guard.abort("the last window had a loss or gradient that is not finite")

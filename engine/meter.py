@@ -5,6 +5,7 @@ equals that of an uninterrupted one.
 """
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from loaders.errors import ConfigError
 from losses._method import loss_terms, scalars
 
 # Sums that the log is made of, in the order of the vector reduced over ranks; behind them come
-# those of the method's own scalars. A window.jsonl of an earlier version ends before the last.
+# those of the method's own scalars. A window.jsonl of an earlier version ends before the last, so
+# new ones come at the end.
 SUMS = (
     "batches", "loss", "rows", "floor", "positives",
     "label_rows", "label_loss", "text_rows", "text_loss", "bad", "nonfinite", "scalar_batches",
+    "label_floor", "text_floor",
 )  # fmt: skip
 # What else a line of metrics.jsonl may hold.
 TAKEN = (
     "step", "time", "samples", "loss", "loss_image_label", "loss_image_text", "floor", "rows",
+    "floor_image_label", "floor_image_text",
     "mean_positives", "bad_samples", "nonfinite", "lr", "scale", "grad_norm",
-    "samples_per_second", "data_seconds", "eta_seconds", "data_share", "speed_ratio",
+    "samples_per_second", "data_seconds", "eta_seconds", "data_share", "speed_ratio", "memory_gb",
 )  # fmt: skip
 
 
@@ -62,10 +66,12 @@ class Meter:
         # Not picked out by an index, for which the host would ask the device how many there are.
         of_labels = torch.where(label, sample_loss, 0).double().sum()
         of_texts = torch.where(label, 0, sample_loss).double().sum()
+        floors = positives.log()
         items = (
-            1, out["loss"], len(labels), positives.log().sum(), positives.sum(),
+            1, out["loss"], len(labels), floors.sum(), positives.sum(),
             label.sum(), of_labels, (~label).sum(), of_texts, bad,
-            nonfinite, 1, *(own[name] for name in self.names),
+            nonfinite, 1, torch.where(label, floors, 0).sum(), torch.where(label, 0, floors).sum(),
+            *(own[name] for name in self.names),
         )  # fmt: skip
         self.sums += torch.stack([self._on_device(item) for item in items])
 
@@ -76,11 +82,12 @@ class Meter:
         return torch.full((), value, dtype=torch.float64, device=self.sums.device)
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Means over all ranks since the last call, and the seconds that each rank waited for
-        data; starts anew. One reduction for everything."""
-        waits = torch.zeros(dist.world_size(), dtype=torch.float64, device=self.sums.device)
-        waits[dist.rank()] = self.waited
-        values = dist.sum_over_ranks(torch.cat([self.sums, waits])).tolist()
+        """Means over all ranks since the last call, the largest `peak_memory` of a rank (GB), and
+        the seconds that each rank waited for data; starts anew. One reduction for everything."""
+        ranks, device = dist.world_size(), self.sums.device
+        own = torch.zeros(2, ranks, dtype=torch.float64, device=device)  # a column a rank
+        own[:, dist.rank()] = own.new_tensor([self.waited, peak_memory(device) / 1e9])
+        values = dist.sum_over_ranks(torch.cat([self.sums, own.flatten()])).tolist()
         sums = dict(zip((*SUMS, *self.names), values, strict=False))
         self.sums = torch.zeros_like(self.sums)
         self.waited = 0.0
@@ -92,12 +99,14 @@ class Meter:
             "bad_samples": int(sums["bad"]),
             "nonfinite": int(sums["nonfinite"]),
             "rows": int(rows),
+            "memory_gb": max(values[-ranks:]),
         }
         for name, key in (("image_label", "label"), ("image_text", "text")):
             if sums[f"{key}_rows"]:
                 record[f"loss_{name}"] = sums[f"{key}_loss"] / sums[f"{key}_rows"]
+                record[f"floor_{name}"] = sums[f"{key}_floor"] / sums[f"{key}_rows"]
         record |= {name: sums[name] / sums["scalar_batches"] for name in self.names}
-        return record, values[-dist.world_size() :]
+        return record, values[-2 * ranks : -ranks]
 
     def state(self) -> dict[str, list]:
         """For a checkpoint inside a window; collective.
@@ -122,7 +131,8 @@ class Meter:
         else:
             own = [sum(column) * (dist.rank() == 0) for column in zip(*rows, strict=True)]
         self.names = state.get("scalars", [])
-        own = own + [0.0] * (len(SUMS) + len(self.names) - len(own))
+        known = len(own) - len(self.names)  # an earlier version had fewer of SUMS
+        own = [*own[:known], *[0.0] * (len(SUMS) - known), *own[known:]]
         self.sums = torch.tensor(own, dtype=torch.float64, device=self.sums.device)
 
     def _fix(self, names: list[str]) -> None:
@@ -154,6 +164,14 @@ class Meter:
             self.sums = torch.cat([self.sums[: len(SUMS)], self.sums.new_zeros(len(names))])
             self.sums[SUMS.index("scalar_batches")] = 0
         self.fixed = True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has needed at most so far: of tensors on a GPU, else of its own
+    memory (without its data workers)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def logged_scalars(out: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,15 @@ class StopRequest:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._catch)
 
+    def ignore(self) -> None:
+        """From here on both signals mean nothing: all is done and saved.
+
+        While Python ends it gives signals back to the system, for which each is the end. The
+        warning before the time limit would turn a finished training into a failed job.
+        """
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def _catch(self, number: int, _frame) -> None:
         self.received = number
 

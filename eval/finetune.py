@@ -18,14 +18,14 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 
 from eval import cli
 from eval.sources.registry import REGISTRY
-from loaders.errors import CommandParser, run_cli
+from loaders.errors import CommandParser, ConfigError, run_cli
 
 LEARNING_RATE = 1e-4
 
 
 def options_parser() -> CommandParser:
     """Arguments of this command."""
-    parser = cli.parser("finetune", "Fine-tuning of the image tower.")
+    parser = cli.parser("finetune", "Fine-tuning of the image tower.", templates=True)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--head-init", choices=("text", "random"), default="text")
@@ -36,6 +36,8 @@ def options_parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None, registry: Path | str = REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
     args = options_parser().parse_args(argv)
+    if args.templates and args.head_init == "random":
+        raise ConfigError("--templates is for a head from text, and --head-init is random")
     chosen = cli.choose(args, "finetune", registry, listed="linear_probe")
     # Late: torch and the towers take ten seconds, and the answers above should not.
     from eval.tasks import evaluation, finetune

@@ -8,7 +8,7 @@ steps, which an earlier attempt of a resumed run left there, are dropped.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.sources.presence import present
+from eval.sources.presence import those_present
 from eval.sources.registry import REGISTRY, EvalDataset, Registry
 from loaders.errors import ConfigError
 
@@ -30,12 +30,12 @@ def select(
         if task not in TASKS:
             raise ConfigError(f"evals.{task}: one of {', '.join(TASKS)}")
         rows = known.select(list(names), task, None)
-        chosen += [(task, row) for row in rows if present(row, task, row.name in names)]
+        chosen += [(task, row) for row in those_present(rows, task, names)]
     # Late: torch takes seconds, and a wrong name should not wait for it. But here, and not at the
     # first checkpoint, where a training would find out hours later that something cannot be loaded.
-    from eval.tasks import checkpoint
+    from eval.sources import common_classes
 
-    checkpoint.open_sets(chosen)
+    common_classes.open_sets(chosen)
     return chosen
 
 

@@ -30,7 +30,7 @@ PROTOCOLS = ("standardised", "clip", "elevater")
 
 def options_parser() -> CommandParser:
     """Arguments of this command."""
-    parser = cli.parser("linear_probe", "Linear probe on frozen features.")
+    parser = cli.parser("linear_probe", "Linear probe on frozen features.", templates=True)
     parser.add_argument("--protocol", choices=PROTOCOLS, default="standardised")
     parser.add_argument("--shots", type=int, nargs="+", help="training samples a class")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the subsets (default: 0 1 2)")
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None, registry: Path | str = REGISTRY) -> 
         raise ConfigError("--seeds draws few-shot subsets: it needs --shots")
     if args.head_init and args.protocol != "elevater":
         raise ConfigError("--head-init belongs to --protocol elevater")
+    if args.templates and (args.protocol != "elevater" or args.head_init == "random"):
+        raise ConfigError("--templates is for a head from text: --protocol elevater")
     args.seeds, args.head_init = args.seeds or [0, 1, 2], args.head_init or "text"
     chosen = cli.choose(args, "linear_probe", registry)
     # Late: torch and the towers take ten seconds, and the answers above should not.

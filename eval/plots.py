@@ -1,7 +1,6 @@
 """Pictures and one web page: `python -m eval.plots --runs RUN... --results DIR --output DIR`."""
 
 import argparse
-import base64
 import html
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from eval.sources.registry import REGISTRY, Registry
 from loaders.errors import DataError, run_cli
 from loaders.specs import as_path
 
-PAGE_TITLE = "UniCL quickstart: clip art, not ImageNet"
 INTRODUCTION = (
     "Small models trained from scratch on a few thousand drawings, to show that training and "
     "evaluation work. The numbers say nothing about ImageNet or about the paper's models."
@@ -27,25 +25,35 @@ CREDITS = (
     "© Microsoft (MIT); Twemoji © Twitter and contributors (CC-BY-4.0)."
 )
 CAPTIONS = {
-    "bars.png": "Main metric of every set, with 95 % intervals.",
-    "curves.png": "Training curves.",
-    "retrieval_grid.png": "Retrieval: caption to images, image to captions.",
-    "confusion.png": "Zero-shot confusion, percent of each true class.",
+    "bars.png": "Main metric of every set",
+    "curves.png": "Training curves",
+    "confusion.png": "Zero-shot confusion",
+    "retrieval.png": "Retrieval: what was found, and where the right answer came",
 }
 
 
-def write_page(table: Table, folder: Path) -> Path:
-    """FOLDER/index.html with the table and every picture of FOLDER inside."""
-    body = [f"<h1>{PAGE_TITLE}</h1><p>{INTRODUCTION}</p>", render.html_table(table)]
-    for name, caption in CAPTIONS.items():
-        if (folder / name).exists():
-            data = base64.b64encode((folder / name).read_bytes()).decode()
-            alt = html.escape(caption)
-            image = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-            body.append(f'<h2>{alt}</h2><div class="scroll">{image}</div>')
-    body.append(f"<p><small>{CREDITS}</small></p>")
-    path = folder / "index.html"
-    path.write_text(render.page(PAGE_TITLE, "".join(body)), encoding="utf-8")
+def write_page(
+    table: Table, runs: dict[str, list[str]], commands: list[str], pictures: list[Path], path: Path
+) -> Path:
+    """One HTML file with the table, the facts and commands of the runs, and the pictures inside.
+
+    Args:
+        runs: fact -> its text for each line of `table`. commands: lines that say what trained
+            them. pictures: in the order of the page, with names of CAPTIONS.
+    """
+    clip_art = table.title == tables.QUICKSTART_TITLE
+    body = [f"<h1>{html.escape(table.title)}</h1>", f"<p>{INTRODUCTION}</p>" if clip_art else ""]
+    body += [render.html_table(table), "<h2>Runs</h2>"]
+    body.append(render.html_facts([render.name(line) for line in table.lines], runs))
+    body.append(f"<pre>{html.escape(chr(10).join(commands))}</pre>" if commands else "")
+    body.append('<div class="pictures">')
+    for picture in pictures:
+        caption = CAPTIONS[picture.name]
+        body.append(
+            f"<figure><h2>{html.escape(caption)}</h2>{render.picture(picture, caption)}</figure>"
+        )
+    body.append(f"</div><p><small>{CREDITS}</small></p>" if clip_art else "</div>")
+    path.write_text(render.page(table.title, "".join(body)), encoding="utf-8")
     return path
 
 
@@ -65,14 +73,11 @@ def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", type=as_path)
     args = parser.parse_args(argv)
     known, measured = Registry(registry), tables.load_folder(args.results)
-    logs = {folder.resolve().name: read_log(folder) for folder in args.runs}
+    logs = [read_log(folder) for folder in args.runs]
     # Late: torch and the towers take ten seconds, and the answers above should not.
-    from eval.report import figures, pictures
-    from eval.tasks.evaluation import make_accelerator
-    from eval.tasks.features import Extractor
+    from eval.report import run_facts
     from models import weights
 
-    # The first run is the one that is shown in the grid and the confusion matrix.
     loaded = [weights.load_run(folder) for folder in args.runs]
     order = {(run.name, run.checkpoint_hash): i for i, run in enumerate(loaded)}
     found = [row for row in measured if (row["run"], row["checkpoint_hash"]) in order]
@@ -80,19 +85,54 @@ def main(argv: Sequence[str] | None = None, registry=REGISTRY) -> None:
     if not found:
         raise DataError(f"{args.results} holds no rows of the current checkpoints of these runs")
     table = tables.join(found, args.results, known)
-
     args.output.mkdir(parents=True, exist_ok=True)
-    figures.curves(logs, args.output / "curves.png")
-    pictures.draw_bars(table, found, args.output / "bars.png")
+    pictures = draw(loaded, logs, table, found, known, args)
+
+    shown = sorted({order[row["run"], row["checkpoint_hash"]] for row in found})  # lines of `table`
+    facts = [run_facts.read(args.runs[i], loaded[i].step, logs[i]) for i in shown]
+    rows = [[r for r in found if order[r["run"], r["checkpoint_hash"]] == i] for i in shown]
+    commands = [
+        text
+        for line, one in zip(table.lines, facts, strict=True)
+        for text in (f"# {render.name(line)}", *(one.commands or [run_facts.UNKNOWN]))
+    ]
+    page = args.output / "index.html"
+    print(write_page(table, run_facts.table(facts, rows), commands, pictures, page))
+
+
+def draw(
+    loaded: list, logs: list[list[dict]], table: Table, found: list[dict], known: Registry, args
+) -> list[Path]:
+    """Draw into `args.output` what there are results for; the pictures in the order of CAPTIONS.
+
+    Args:
+        loaded: runs as `models.weights.load_run` returns them; the first one is shown in the
+            confusion matrices and the examples of retrieval. logs: of each.
+    """
+    from eval.report import figure_curves, figures, pictures
+    from eval.tasks.evaluation import make_accelerator
+    from eval.tasks.features import Extractor
+
+    names = [run.name for run in loaded]
+    names = [
+        name if names.count(name) == 1 else str(folder)
+        for name, folder in zip(names, args.runs, strict=True)
+    ]
+    place = {name: args.output / name for name in CAPTIONS}
+    pictures.draw_bars(table, found, place["bars.png"])
+    curves = figure_curves.curves(dict(zip(names, logs, strict=True)))
+    figures.save(curves, place["curves.png"])
     extractor = Extractor(make_accelerator(), loaded[0], args.results / ".features", 256, 0)
     evaluated = {(row["dataset"], row["task"]) for row in found}
-    classified = [d for d in known.datasets.values() if (d.name, "zero_shot") in evaluated]
-    if classified:
-        pictures.draw_confusion(extractor, classified, args.output / "confusion.png")
-    captioned = [d for d in known.datasets.values() if (d.name, "retrieval") in evaluated]
-    if captioned:
-        pictures.draw_grid(extractor, captioned[0], args.output / "retrieval_grid.png")
-    print(write_page(table, args.output))
+    sets = [d for d in known.datasets.values() if not d.multilabel]
+    drawn = {"bars.png", "curves.png"}
+    if classified := [d for d in sets if (d.name, "zero_shot") in evaluated]:
+        pictures.draw_confusion(extractor, classified, place["confusion.png"])
+        drawn.add("confusion.png")
+    if captioned := [d for d in sets if (d.name, "retrieval") in evaluated]:
+        pictures.draw_retrieval(extractor, captioned[0], place["retrieval.png"])
+        drawn.add("retrieval.png")
+    return [path for name, path in place.items() if name in drawn]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from loaders.errors import run_cli
 
 def main(argv: Sequence[str] | None = None, registry: Path | str = REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
-    args = cli.parser("retrieval", "Image-text retrieval.").parse_args(argv)
+    parser = cli.parser("retrieval", "Image-text retrieval.", class_names=False)
+    args = parser.parse_args(argv)
     chosen = cli.choose(args, "retrieval", registry)
     # Late: torch and the towers take ten seconds, and the answers above should not.
     from eval.tasks import evaluation, retrieval

@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # run as a file: Python put eval/ first
 from eval import rows
 from eval.report import paper_join, paper_tables, render, render_bars, render_names, render_paper
 from eval.report.table import Column, Line, Table
-from eval.sources.presence import absent_splits
+from eval.sources import presence
 from eval.sources.registry import EvalDataset, Registry
 from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
@@ -84,7 +84,7 @@ def _owed(touched: set[str], registry: Registry) -> tuple[set[str], list[EvalDat
     absent = [
         row
         for name, row in registry.datasets.items()
-        if name in owed - touched and row.optional and absent_splits(row)
+        if name in owed - touched and row.optional and presence.absent_splits(row)
     ]
     return owed - {row.name for row in absent}, absent
 
@@ -111,11 +111,8 @@ def _columns(found: list[dict], owed: set[str], registry: Registry) -> list[Colu
 
 def _left_out(absent: list[EvalDataset]) -> list[str]:
     """One note with the sets that are not there and the commands that make them; or none."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for row in absent:
-        names[row.obtain].append(row.name)
-    how = "; ".join(f"{', '.join(sets)}: {command}" for command, sets in names.items())
-    return [f"Optional sets that are not there; obtain them with: {how}"] if absent else []
+    how = presence.obtain((row.obtain, row.name) for row in absent)
+    return [f"Optional sets that are not there; {how}"] if absent else []
 
 
 def join(found: list[dict], folder: Path, registry: Registry | None = None) -> Table:
@@ -157,7 +154,7 @@ def join(found: list[dict], folder: Path, registry: Registry | None = None) -> T
         row.obtain
         for row in registry.datasets.values()
         if any(column.dataset == row.name and column.n is None for column in columns)
-        and absent_splits(row)
+        and presence.absent_splits(row)
     ]
     commands = [*dict.fromkeys(commands), *_commands(lines, columns, folder, registry)]
     clip_art = {row["dataset"] for row in found} <= set(registry.collections.get("quickstart", []))
@@ -189,20 +186,25 @@ def _commands(
     lines: dict[tuple, Line], columns: list[Column], folder: Path, registry: Registry
 ) -> list[str]:
     """The commands that fill the empty cells, one per run and task."""
-    lacking: dict[tuple[str, str], list[str]] = defaultdict(list)
+    lacking: dict[tuple, list[str]] = defaultdict(list)
+    measured = [row for line in lines.values() for row in line.cells.values()]
+    # Sets of no registry of ours are named by their folder and file, in a command of their own.
+    typed = {column_of(row): row["set"]["arguments"] for row in measured if "set" in row}
     for (run, _), line in lines.items():
         done = {column[:3] for column in line.cells}
         for column in columns:
-            names = lacking[column.task, run]
-            if column[:3] not in done and column.dataset not in names:
+            names = lacking[column.task, run, tuple(typed.get(column, ()))]
+            filled = column in line.cells if column in typed else column[:3] in done
+            if not filled and column.dataset not in names:
                 names.append(column.dataset)
     commands = []
-    for (task, run), names in lacking.items():
+    for (task, run, own), names in lacking.items():
         if names:
             # Runs and their results lie side by side in the quickstart; else the user knows where.
             beside = folder.parent / run
             place = str(beside) if beside.exists() else f"FOLDER_OF_RUN/{run}"
-            commands.append(render_names.command(task, place, names, folder, registry))
+            found = render_names.command(task, place, names, folder, registry, list(own))
+            commands.append(found)
     return commands
 
 

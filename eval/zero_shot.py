@@ -21,7 +21,7 @@ from loaders.errors import run_cli
 
 def main(argv: Sequence[str] | None = None, registry: Path | str = REGISTRY) -> None:
     """Command line; `registry` is another datasets.yaml."""
-    parser = cli.parser("zero_shot", "Zero-shot classification.")
+    parser = cli.parser("zero_shot", "Zero-shot classification.", templates=True)
     parser.add_argument(
         "--protocol",
         choices=["unicl", "elevater"],

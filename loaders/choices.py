@@ -15,7 +15,8 @@ AUGMENTATIONS = (  # loaders.views.build_train
     *("unicl_release", "paper", "clip", "clipart", "none"),
     # loaders.recipes.RECIPES
     *("slip_weak", "slip_strong", "simclr", "moco_v3_first", "moco_v3_second", "declip", "uniclip"),
-    *("align", "alip", "otter", "autoaugment", "clipart_strong", "clipart_uniclip"),
+    *("supcon", "supcon_weak", "align", "alip", "otter", "autoaugment"),
+    *("clipart_strong", "clipart_uniclip"),
 )
 REPORTING = ("uniclip", "clipart_uniclip")  # of these, those that report what they did
 # The images of `unicl_release`, blended in pairs with their targets (losses/_mixing.py).

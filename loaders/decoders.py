@@ -54,6 +54,17 @@ def decode(data: bytes, upright: bool = True) -> Image.Image:
         return _decode(data, upright)
 
 
+def rgb(image: Image.Image) -> Image.Image:
+    """An image that somebody has opened, as `decode` gives it; `image` itself stays as it is.
+
+    Raises `BadImage` as `decode` does of what is open already.
+    """
+    _require_size(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged meta data
+        return _converted(image, functools.partial(_upright, in_place=False))
+
+
 @functools.cache
 def decoder() -> Decoder:
     """`decode` with plain JPEGs left to simplejpeg, which is faster; the pixels are the same.
@@ -139,15 +150,23 @@ def _decode(data: bytes, upright: bool) -> Image.Image:
         raise BadImage("too_large", error) from None
     except Exception as error:  # plug-ins raise anything on made-up headers
         raise BadImage("not_an_image", error) from None
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("too_large", f"{image.width} x {image.height} pixels")
+    _require_size(image)
     # In a scan, two bytes FF DA can only begin another: data bytes FF are followed by a zero.
     scans = data.count(b"\xff\xda") if image.info.get("progressive") else 1
     if scans * image.width * image.height > MAX_SCANNED_PIXELS:
         raise BadImage("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
+    return _converted(image, _upright if upright else None)
+
+
+def _require_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too_large", f"{image.width} x {image.height} pixels")
+
+
+def _converted(image: Image.Image, turn: Callable[[Image.Image], Image.Image] | None):
     try:
         image.load()
-        return _to_rgb(_upright(image) if upright else image)
+        return _to_rgb(turn(image) if turn else image)
     except BadImage:
         raise
     except Exception as error:
@@ -155,12 +174,12 @@ def _decode(data: bytes, upright: bool) -> Image.Image:
         raise BadImage(reason, error) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, in_place: bool = True) -> Image.Image:
     try:
-        ImageOps.exif_transpose(image, in_place=True)
+        turned = ImageOps.exif_transpose(image, in_place=in_place)
     except Exception:  # damaged EXIF data states no orientation; the pixels are good
         return image
-    return image
+    return image if in_place else turned
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -193,6 +193,20 @@ class ShardSet:
             raise DataError(f"{error}; found at sample {shown(self.key(i))}") from None
 
 
+def shard_paths(spec: str | os.PathLike | Sequence[str]) -> list[str]:
+    """Paths of the tars that `open_shards` would open; looks only whether they are there.
+
+    Raises `DataError` for one that is missing or listed twice, and for none.
+    """
+    parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    parts = [part for text in parts for part in os.fspath(text).split("::") if part]
+    paths = [str(Path(path)) for part in parts for path in expand(part, _listed_tars)]
+    repeated = [path for path, times in Counter(paths).items() if times > 1]
+    if not paths or repeated:
+        raise DataError(f"{spec}: " + (f"listed twice: {repeated[:10]}" if repeated else "no tar"))
+    return paths
+
+
 def open_shards(
     spec: str | os.PathLike | Sequence[str], kind: str | None = None, name: str | None = None
 ) -> ShardSet:
@@ -206,12 +220,7 @@ def open_shards(
     `kind` given here wins. Raises `DataError` for missing or damaged shards, and for an
     image_label set whose classes or labels are absent or do not fit.
     """
-    parts = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
-    parts = [part for text in parts for part in os.fspath(text).split("::") if part]
-    paths = [str(Path(path)) for part in parts for path in expand(part, _listed_tars)]
-    repeated = [path for path, times in Counter(paths).items() if times > 1]
-    if not paths or repeated:
-        raise DataError(f"{spec}: " + (f"listed twice: {repeated[:10]}" if repeated else "no tar"))
+    paths = shard_paths(spec)
     if kind not in (None, *KINDS):
         raise DataError(f"{spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
     folders = list(dict.fromkeys(_home(path) for path in paths))

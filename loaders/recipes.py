@@ -59,6 +59,7 @@ class Recipe:
 
 _SLIP = {"flip": 0.5, "jitter": (0.4, 0.4, 0.4, 0.1), "grey": 0.2, "blur": 0.5}
 _CLIP_ART = {"scale": (0.3, 1.0), "flip": 0.5, "jitter": (0.4, 0.4, 0.4, 0.1), "grey": 0.2}
+_SUPCON = {"scale": (0.2, 1.0), "flip": 0.5}
 _MOCO_V3 = {"flip": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "grey": 0.2}
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
@@ -76,6 +77,10 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "moco_v3_second": Recipe(**_MOCO_V3, blur=0.1, solarize=0.2),
         # Both views of DeCLIP (Sense-GVT/DeCLIP, imagenet_dataloader.py), which are MoCo v2's.
         "declip": Recipe(scale=(0.2, 1.0), **_SLIP),
+        # SupCon on CIFAR (HobbitLong/SupContrast, main_supcon.py), and the view of cross-entropy
+        # beside it and of linear classifiers (main_ce.py): the same crop without the colours.
+        "supcon": Recipe(**_SUPCON, jitter=(0.4, 0.4, 0.4, 0.1), grey=0.2),
+        "supcon_weak": Recipe(**_SUPCON),
         # UniCLIP (arXiv 2209.13430) tells the model what was done; its strengths could not be
         # read, so these are SLIP's and the recipe is ours.
         "uniclip": Recipe(**_SLIP, reported=True),

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from loaders.errors import ConfigError
 from models.config import ModelConfig
 
 
@@ -107,7 +108,17 @@ class Model(nn.Module):
         return _Bounded.apply(self.logit_scale.float(), low, high).exp()
 
     def forward(self, images: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit-length image features (b, D), text features (b, D) and the multiplier (1,)."""
+        """Unit-length image features (b, D), text features (b, D) and the multiplier (1,).
+
+        Raises:
+            ConfigError: `model.similarity=late`, which trains no vector of a whole image or text.
+        """
+        if self.cfg.similarity == "late":
+            raise ConfigError(
+                "model.similarity=late compares tokens, and no vector of a whole image or text is "
+                "trained: use token_features of encode_image and encode_text, as "
+                "eval.tasks.scores does"
+            )
         image, text = self.encode_image(images), self.encode_text(input_ids)
         return image["feature"], text["feature"], self.scale()
 

@@ -3,7 +3,8 @@
     python -m models.export --checkpoint RUN --format open_clip --output DIR
 
 Reads the whole weights that every checkpoint holds, whatever its ZeRO stage, as float32. What can
-be reloaded here is reloaded, and its features are compared, before the command succeeds.
+be reloaded here is reloaded, and its features are compared, before the command succeeds. With
+`--push-to-hub NAME --license ID` a model card is written beside it, and all is uploaded.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: Python put models/ first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from loaders.errors import ConfigError, run_cli
+from loaders.errors import ConfigError, DataError, run_cli
 from loaders.specs import as_path
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.loaded_run import LoadedRun
+    from models.model_card import Card
 
 FORMATS = ("pt", "safetensors", "open_clip", "hf", "timm")
 
 
 def writer(format_name: str) -> Callable[[LoadedRun, Path], str]:
-    """What writes one of `FORMATS` into an empty folder, and returns the Python that loads it."""
+    """What writes one of `FORMATS` into an empty folder, and returns the Python that loads it, as
+    lines that run."""
     # Imports are late so that --help and a wrong flag answer at once.
     from models.formats import hugging_face, open_clip, plain, timm_image
 
@@ -43,16 +46,20 @@ def writer(format_name: str) -> Callable[[LoadedRun, Path], str]:
     }[format_name]
 
 
-def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
-    """Write the model of a run or checkpoint folder into the new folder `output`.
+def export(
+    checkpoint: str | Path, format_name: str, output: str | Path, card: Card | None = None
+) -> str:
+    """Write the model of a run or checkpoint folder into the new folder `output`, with its card.
 
     Returns:
-        The line of Python that loads it, and what is left out, which is said: `model.regions`,
-        which only training uses, is in our own formats alone.
+        The lines of Python that load it with its transform and its tokenizer, and as a comment
+        among them what is left out: `model.regions`, which only training uses, is in our own
+        formats alone.
 
     Raises:
         ConfigError: `output` holds files already, or the format cannot express the model; the
-            message names the part. Nothing is left behind then.
+            message names the part. With a card also what is bound to this machine. Nothing is
+            left behind then.
         DataError: the checkpoint cannot be read.
     """
     folder = Path(output)
@@ -64,7 +71,12 @@ def export(checkpoint: str | Path, format_name: str, output: str | Path) -> str:
     _refuse_inexpressible(run.model.cfg, format_name)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return write(run, folder) + _left_out(run.model.cfg, format_name)
+        how = write(run, folder) + _left_out(run.model.cfg, format_name)
+        if card is not None:
+            from models import model_card
+
+            model_card.write(run, format_name, folder, card)
+        return how
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -92,7 +104,7 @@ def _left_out(cfg: ModelConfig, format_name: str) -> str:
     """A line on what the formats of other libraries have no place for and evaluation no use."""
     if cfg.regions is None or format_name in ("pt", "safetensors"):
         return ""
-    return "\nleft out: model.regions, which only training uses"
+    return "\n# left out: model.regions, which only training uses"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,9 +121,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=as_path, required=True, metavar="DIR", help="new or empty folder"
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="NAME", help="upload to this repository, say you/your-model"
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help="of the weights, as the hub names it, say apache-2.0"
+    )
+    parser.add_argument(
+        "--results", type=as_path, metavar="DIR", help="result rows for the model card"
+    )
     arguments = parser.parse_args(argv)
-    how = export(arguments.checkpoint, arguments.format, arguments.output)
-    print(f"{arguments.output}: {arguments.format}, load it with\n  {how}")
+    if not arguments.checkpoint.exists():  # said before torch is loaded
+        raise DataError(f"{arguments.checkpoint}: no such file or folder")
+    name, license_id = arguments.push_to_hub, arguments.license
+    if (name is None) != (license_id is None) or (arguments.results and name is None):
+        raise ConfigError(
+            "--push-to-hub NAME needs --license ID, the licence that you give the weights; "
+            "--license and --results are for the card that goes with it"
+        )
+    card = _card(arguments) if name else None
+    how = export(arguments.checkpoint, arguments.format, arguments.output, card)
+    print(f"{arguments.output}: {arguments.format}, load it with\n{how}")
+    if name:
+        from models import hub
+
+        message = f"{arguments.checkpoint.resolve().name} as {arguments.format}"
+        print(f"-> {hub.push(arguments.output, name, message)}")
+
+
+def _card(arguments: argparse.Namespace) -> Card:
+    from models import hub
+    from models.model_card import Card
+
+    hub.require_access(arguments.push_to_hub)
+    return Card(arguments.push_to_hub, arguments.license, arguments.results)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,19 @@ def training_git(run: LoadedRun) -> str | None:
     return _commits(path, run.step) if path.is_file() else None
 
 
+def starts_up_to(starts: list[dict], step: int) -> list[dict]:
+    """Of the entries of `environment.json` those that made the steps up to `step`, in order."""
+    made: list[dict] = []
+    for start in starts:
+        # It made its steps again that earlier starts had made behind it.
+        made = [s for s in made if s["after_step"] < start["after_step"]] + [start]
+    return [s for s in made if s["after_step"] < step]
+
+
 def _commits(path: Path, step: int) -> str | None:
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        made: list[dict] = []
-        for start in starts:
-            # It made its steps again that earlier starts had made behind it.
-            made = [s for s in made if s["after_step"] < start["after_step"]] + [start]
-        found = [s["git"] for s in made if s["after_step"] < step]
+        found = [s["git"] for s in starts_up_to(starts, step)]
         names = [g and g["commit"] + ("-dirty" if g["changed"] else "") for g in found]
     except (OSError, ValueError, KeyError, TypeError):
         return None

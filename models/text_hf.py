@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from loaders.errors import ConfigError
 from models.config import TextConfig
@@ -33,6 +36,8 @@ def _encoder_config(cfg: TextConfig) -> PretrainedConfig:
 def _encoder(cfg: TextConfig, config: PretrainedConfig) -> PreTrainedModel:
     if cfg.hf_name is None or not cfg.pretrained:
         return AutoModel.from_config(config)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # its carriage returns would fill the output of a job
     try:
         return AutoModel.from_pretrained(cfg.hf_name, config=config)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from loaders.errors import DataError
 from models.base import Model
 from models.formats import (
     checkpoint_layout,
+    load_lines,
     official_unicl,
     open_clip,
     open_clip_config,
@@ -37,7 +38,7 @@ def load(path: str | Path) -> LoadedRun:
     Recognised are
     - a run folder or one of its checkpoint folders (`load_run`), the weights in them, and what
       DeepSpeed's `zero_to_fp32.py` made of one, with the run's `config.yaml` beside or above it;
-    - our exports: a `.pt` file, a `.safetensors` file or the folder of one;
+    - our exports: a `.pt` file, a `.safetensors` file, or the folder of either;
     - a released UniCL file, both namings (`load_official_unicl`);
     - an open_clip folder (`open_clip_config.json` and weights), or such a weights file in it;
     - a state dict of OpenAI's CLIP (ViT or ModifiedResNet) with the sizes that its archive holds.
@@ -72,9 +73,17 @@ def _load_folder(path: Path) -> LoadedRun:
             f"{path}: a checkpoint of DeepSpeed, whose weights may lie in parts; join them with "
             f"python {script} {script.parent} OUT and give the folder OUT"
         )
+    if weights is None and not run_files.owning_run(path / "its file"):
+        weights = _only_export(path)
     if weights is None or run_files.STEP.fullmatch(name) or (path / "checkpoints").is_dir():
         return load_run(path)
     return _load_file(weights, name)
+
+
+def _only_export(path: Path) -> Path | None:
+    """The file of a folder with an export in the format pt, which has the run's name."""
+    found = [f for f in path.glob("*.pt") if not run_files.TRAINING_FILE.fullmatch(f.name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _load_file(path: Path, name: str) -> LoadedRun:
@@ -94,9 +103,11 @@ def _load_file(path: Path, name: str) -> LoadedRun:
     if kind == "clip":
         return _load_clip(path, state, name)
     if (path.parent / "config.json").is_file():
+        lines = load_lines.of_folder(path.parent)
         raise DataError(
-            f"{path.parent}: a folder for timm or transformers; give the run itself, or its export "
-            "in the format pt, safetensors or open_clip"
+            f"{path.parent}: a folder for timm or transformers; "
+            + (f"load it with [{'; '.join(lines.splitlines())}], or " if lines else "")
+            + "give the run itself, or its export in the format pt, safetensors or open_clip"
         )
     raise DataError(
         f"{path}: not recognised; its keys begin with "

@@ -41,6 +41,16 @@ for file in "$config" "$evaluate" ${prepare:+"$prepare"}; do
 done
 source slurm/env.sh
 
+reason="sbatch is not found"
+if command -v sbatch >/dev/null; then
+  reason="$(scontrol ping 2>&1)" && reason=""
+fi
+if [ -n "$reason" ]; then
+  echo "error: no SLURM answers here (${reason%%$'\n'*}): submit from a login node of the cluster, or" \
+    "type the commands of each stage one after the other (docs/cluster.md)" >&2
+  exit 3
+fi
+
 after=""
 submit() { # name, then the arguments of sbatch
   local name="$1"

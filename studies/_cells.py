@@ -27,6 +27,8 @@ from loaders.errors import ConfigError
 from studies import _evaluations
 from studies._study import Study, find_config, nearest
 
+REFERENCE = "model.reference.checksum"
+
 
 @dataclass
 class Cell:
@@ -107,6 +109,9 @@ class Cell:
             identity.flat(cfg)
             for cfg in (was, OmegaConf.to_container(self.cfg, resolve=True))
         )  # fmt: skip
+        # The run writes down which reference it found; a study need not say it beforehand.
+        if now.get(REFERENCE) is None:
+            was.pop(REFERENCE, None)
         keys = [key for key in [*now, *(was.keys() - now.keys())] if not identity.is_free(key)]
         return {k: (was.get(k), now.get(k)) for k in keys if was.get(k) != now.get(k)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eval import rows
 from eval.report import render_names
-from eval.sources.presence import present
+from eval.sources.presence import those_present
 from eval.sources.registry import EvalDataset, Registry
 from loaders.errors import ConfigError
 from studies._study import Evaluation, Measure, Study, nearest
@@ -104,7 +104,7 @@ def _plan_one(entry: Evaluation) -> Planned:
     known = Registry(data_root=_value(entry.options, "--data-root"))
     protocol = None if entry.task == "linear_probe" else _value(entry.options, "--protocol")
     found = known.select(entry.datasets, entry.task, protocol)
-    there = [row for row in found if present(row, entry.task, row.name in entry.datasets)]
+    there = those_present(found, entry.task, entry.datasets)
     if not there:
         raise ConfigError(
             f"evaluations: none of {', '.join(entry.datasets)} is there for {entry.task}"

@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from eval.report import figures
+from eval.report.palette import BLUE, DARK, GREY, WIDTH
 from studies import _statistics
 from studies._tables import Report
-
-WIDTH = 4.4  # inches at 110 dots each: 484 pixels
-BLUE, GREY, DARK = "#0969da", "#8c959f", "#24292f"
 
 
 def draw_measures(report: Report, path: Path) -> None:
@@ -25,14 +23,12 @@ def draw_measures(report: Report, path: Path) -> None:
             axis.plot(mean.values, [place] * mean.n, ".", color=GREY, markersize=5, zorder=3)
             half = mean.half or 0
             axis.errorbar(mean.mean, place, xerr=half, fmt="|", color=BLUE, capsize=3, markersize=9)
-        axis.set_yticks(range(len(arms)), [_short(report.label(arm), 22) for arm in arms])
+        axis.set_yticks(range(len(arms)), [figures.short(report.label(arm), 22) for arm in arms])
         axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.tick_params(labelsize=8)
         title = _statistics.label(name, report.measures[name])
-        axis.set_title(figures.wrapped(title, 58, 2), fontsize=8.5, loc="left")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("percent; dots: seeds, bar: 95 % interval of their mean", fontsize=8)
+        axis.set_title(figures.wrapped(title, 58, 2), loc="left")
+        axis.grid(axis="x")
+    axes[-1, 0].set_xlabel("percent; dots: seeds, bar: 95 % interval of their mean")
     figures.save(figure, path)
 
 
@@ -49,16 +45,14 @@ def draw_differences(report: Report, path: Path) -> None:
         axis.errorbar(
             mean.mean, place, xerr=mean.half or 0, fmt="|", color=color, capsize=3, markersize=9
         )
-        pair = " − ".join(_short(report.label(arm), 14) for arm in one.arms)
+        pair = " − ".join(figures.short(report.label(arm), 14) for arm in one.arms)
         measure = _statistics.label(one.measure, report.measures[one.measure])
         labels.append(f"{figures.printable(pair)}\n{figures.wrapped(measure, 30, 2)}")
     axis.axvline(0, color=DARK, linewidth=0.8, linestyle="--")
-    axis.set_yticks(np.arange(len(shown)), labels, fontsize=7)
+    axis.set_yticks(np.arange(len(shown)), labels)
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel("difference in points; blue: interval without 0", fontsize=8)
+    axis.grid(axis="x")
+    axis.set_xlabel("difference in points; blue: interval without 0")
     figures.save(figure, path)
 
 
@@ -73,27 +67,48 @@ def draw_costs(report: Report, path: Path) -> None:
     inches = (WIDTH, 2.3 * len(names) + 0.16 * keys + 0.4)
     figure, axes = figures.new_figure(len(names), 1, inches)
     for axis, name in zip(axes[:, 0], names, strict=True):
-        for number, (arm, cost) in enumerate(minutes.items(), 1):
-            if (mean := report.mean(arm, name)) is not None:
-                half = mean.half or 0
-                axis.errorbar(cost, mean.mean, yerr=half, color=GREY, elinewidth=0.8, capsize=2)
-                axis.text(
-                    cost, mean.mean, str(number), color=BLUE, fontsize=8, ha="center", va="center",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-                )  # fmt: skip
+        shown = {n: (c, report.mean(arm, name)) for n, (arm, c) in enumerate(minutes.items(), 1)}
+        shown = {n: (cost, mean) for n, (cost, mean) in shown.items() if mean is not None}
+        for cost, mean in shown.values():
+            half = mean.half or 0
+            axis.errorbar(cost, mean.mean, yerr=half, color=GREY, elinewidth=0.8, capsize=2)
+            axis.plot(cost, mean.mean, ".", color=BLUE, markersize=4)
         axis.margins(0.08, 0.12)
-        axis.tick_params(labelsize=8)
+        _number(axis, {n: (cost, mean.mean) for n, (cost, mean) in shown.items()})
         title = _statistics.label(name, report.measures[name])
-        axis.set_title(figures.wrapped(title, 58, 2), fontsize=8.5, loc="left")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("CPU minutes of a training; bar: 95 % interval over seeds", fontsize=8)
-    lines = [f"{n} {_short(report.label(arm), 24)}" for n, arm in enumerate(minutes, 1)]
+        axis.set_title(figures.wrapped(title, 58, 2), loc="left")
+        axis.grid(True)
+    axes[-1, 0].set_xlabel("CPU minutes of a training; bar: 95 % interval over seeds")
+    lines = [f"{n} {figures.short(report.label(arm), 24)}" for n, arm in enumerate(minutes, 1)]
     for place, part in enumerate((lines[:keys], lines[keys:])):
-        figure.text(0.06 + 0.5 * place, -0.01, "\n".join(part), fontsize=7.5, va="top")
+        figure.text(0.06 + 0.5 * place, -0.01, "\n".join(part), va="top")
     figures.save(figure, path)
 
 
-def _short(text: str, length: int) -> str:
-    text = figures.printable(text)
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _number(axis, points: dict[int, tuple[float, float]]) -> None:
+    """A number beside each point, where no other number and no other point is; a line where that
+    is not next to it."""
+    if not points:
+        return
+    axis.autoscale_view()  # else the limits are those of an empty panel
+    data = axis.transData + axis.transAxes.inverted()
+    at = {number: data.transform(point) for number, point in points.items()}
+    size, taken = np.array([0.045, 0.09]), []  # of a number, in parts of the panel
+    offsets = [(x, y) for x in np.arange(-8, 9) for y in np.arange(-8, 9) if (x, y) != (0, 0)]
+    offsets.sort(key=lambda offset: (np.hypot(*offset), offset))
+    for number, point in sorted(at.items(), key=lambda item: tuple(item[1])):
+        others = [other for n, other in at.items() if n != number]
+        for offset in offsets:
+            place = point + np.array(offset) * size * 0.75
+            inside = np.all((place > size / 2) & (place < 1 - size / 2))
+            far = all(np.any(np.abs(place - other) > size) for other in taken)
+            clear = all(np.any(np.abs(place - other) > size * 0.6) for other in others)
+            if inside and far and clear:
+                break
+        else:
+            place = point
+        taken.append(place)
+        axis.annotate(
+            str(number), point, place, "axes fraction", "axes fraction", color=BLUE,
+            ha="center", va="center", arrowprops={"arrowstyle": "-", "color": BLUE, "lw": 0.4},
+        )  # fmt: skip

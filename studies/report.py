@@ -5,7 +5,6 @@ there and prints the tables. A cell that is missing is empty, with the command t
 difference whose 95 % interval holds zero is "not shown"; that is never "equal".
 """
 
-import base64
 import shlex
 import sys
 from collections.abc import Sequence
@@ -92,9 +91,7 @@ def draw(report, folder: Path) -> None:
         path.unlink(missing_ok=True)
         if there:
             call(report, path)
-            data = base64.b64encode(path.read_bytes()).decode()
-            style = "min-width:0;width:auto;max-width:100%"
-            body += f'<p><img alt="{name}" style="{style}" src="data:image/png;base64,{data}"></p>'
+            body += f"<p>{render.picture(path, name)}</p>"
     page = render.page(report.study.name, body)
     (folder / "index.html").write_text(page, encoding="utf-8")
 

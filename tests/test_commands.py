@@ -2,6 +2,9 @@
 
 import ast
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +80,19 @@ def wrong_ones(folder):
     encoders = ["--encoder", "x", "--text-encoder", str(folder), "--data", str(folder / "none")]
     yield "eval.reference", [*encoders, "--output", str(folder)], 2, "name a new folder"
     yield "eval.reference", [*encoders, "--output", str(folder / "new")], 3, "shards are missing"
+    run = ["--config", "tests/engine/tiny.yaml", "train.steps=1", "--output-dir", str(folder)]
+    none = folder / "none"
+    yield "train", [*run, f"data.image_label={none}"], 3, f"data.image_label: {none}: 1 of 1 shards"
+    model = ["--checkpoint", str(none), "--format", "pt", "--output", str(folder / "new")]
+    yield "models.export", model, 3, f"{none}: no such file or folder"
+    given = ["--checkpoint", str(folder / "run"), str(folder / "none.png")]
+    yield "eval.predict", given, 2, "give --classes to name what pictures show"
+    yield "eval.predict", [*given, "--classes", "a"], 2, "two names or more"
+    yield "eval.predict", [*given, "--classes", "a, b"], 3, f"{folder / 'run'}: no such file or"
+    given[1] = str(folder)
+    yield "eval.predict", [*given, "--classes", "a, b"], 3, "none.png: no such file or folder"
+    given = ["--checkpoint", str(folder), "--format", "pt", "--output", str(folder / "out")]
+    yield "models.export", [*given, "--push-to-hub", "me/x"], 2, "needs --license"
     yield "eval.tables", [str(folder / "none")], 3, "holds no result rows"
     places = ["--results", str(folder / "none"), "--output", str(folder)]
     yield "eval.plots", ["--runs", str(folder), *places], 3, "holds no result rows"
@@ -91,7 +107,8 @@ def wrong_ones(folder):
 
 
 def test_commands_answer_before_they_load_torch(tmp_path):
-    """Help, wrong flags, wrong names and missing folders; and tables of any text format."""
+    """Help, wrong flags, wrong names and missing folders; and tables of any text format. torch
+    and DeepSpeed take ten seconds and more; what is left takes a fraction of one."""
     row = {"dataset": "emoji_twemoji", "task": "zero_shot", "metric": "mean_per_class", "n": 9}
     row |= {"run": "a", "config_name": "a", "checkpoint_hash": "b", "step": 1, "classes": 3}
     row |= {"value": 50.0, "ci95": [40.0, 60.0], "protocol": "c", "prompt_digest": "d"}
@@ -103,14 +120,57 @@ def test_commands_answer_before_they_load_torch(tmp_path):
     ]
     assert len(commands) > 20
     cases = [("eval.in_training", None, 0, "")]
-    cases += [(name, ["--help"], 0, "usage: ") for name in ("train", *commands)]
+    cases += [
+        (name, ["--help"], 0, "usage: ") for name in ("train", "engine.dist_check", *commands)
+    ]
     cases += [(name, ["--no-such"], 2, "error: ") for name in commands]
     cases += wrong_ones(tmp_path)
+    # The method of a whole configuration comes with torch, but DeepSpeed waits for the data.
+    run = ["--config", "tests/engine/tiny.yaml", "train.steps=1", "evals.every_steps=1"]
+    run += ["evals.tasks={zero_shot: [imagenet1k]}", "--output-dir", str(tmp_path)]
+    last = ("train", run, 3, "imagenet1k: ")
+    cases += [last]
     done = subprocess.run(
         [sys.executable, "-m", "tests.start_up"], cwd=ROOT, capture_output=True, text=True,
         input=json.dumps([case[:2] for case in cases]),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for case, (code, text, loaded) in zip(cases, json.loads(done.stdout), strict=True):
-        assert (code, loaded) == (case[2], []), (*case[:2], text)
+        wanted = (case[2], ["torch"] if case is last else [])
+        assert (code, loaded) == wanted, (*case[:2], text)
         assert case[3] in text, (*case[:2], text)
+
+
+@pytest.mark.parametrize("name", ["evaluation", "gpu_step", "scaling_model"])
+def test_help_of_a_benchmark_needs_no_torch(name):
+    """On a machine without it; the first are answered for all by the package itself."""
+    parents = [str(ROOT / "tests/data_prep/without_torch"), str(ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"],
+        cwd=ROOT, env={"PYTHONPATH": os.pathsep.join(parents)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m benchmarks.{name} [-h] [--")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        called = re.findall(r'^ +(?:harness|gpu)\.main\("(\w+)", ', path.read_text(), re.MULTILINE)
+        assert called in ([], [path.stem]), "benchmarks/__init__.py goes by this name"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_chain_without_slurm_says_so_in_a_sentence(installed, tmp_path):
+    """No `sbatch`, or a controller that does not answer."""
+    for tool in ("dirname", "grep", "sed"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    if installed:
+        for tool in ("sbatch", "scontrol"):
+            (tmp_path / tool).write_text("#!/bin/sh\necho Slurmctld is DOWN\nexit 1\n")
+            (tmp_path / tool).chmod(0o755)
+    done = subprocess.run(
+        [shutil.which("bash"), "slurm/chain.sh", "configs/quickstart_unicl.yaml", tmp_path / "run",
+         "--evaluate", "slurm/quickstart_evaluate.txt"],
+        cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    reason = "Slurmctld is DOWN" if installed else "sbatch is not found"
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"error: no SLURM answers here ({reason}): submit from a login")
+    assert done.stderr.count("\n") == 1

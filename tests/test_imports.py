@@ -20,8 +20,16 @@ OURS = {
 }
 MAY_USE = {
     "losses": {"losses"},
-    # An export holds the tokenizer that the model was trained with.
-    "models": {"models", "loaders.errors", "loaders.specs", "loaders.tokenizers"},
+    # A model is loaded, and exported, with the tokenizer of its texts and the transform of images.
+    "models": {
+        "models",
+        "loaders.crops",
+        "loaders.decoders",
+        "loaders.errors",
+        "loaders.specs",
+        "loaders.tokenizers",
+        "loaders.views",
+    },
     "loaders": {"loaders"},
     "engine": {"engine", "losses", "models", "loaders"},
     "eval": {"eval", "models", "loaders", "engine.dist", "engine.launch"},
@@ -31,6 +39,7 @@ MAY_USE = {
         "loaders.errors",
         "loaders.manifest",
         "loaders.plain_text",
+        "loaders.progress",
         "loaders.specs",
         "loaders.tarreader",
     },
@@ -67,7 +76,7 @@ ROOMS = {
 SERVE = {"eval.sources": {"studies"}, "eval.report": {"studies"}}
 FOREIGN = {  # beyond the standard library
     "losses": {"torch", "triton"},  # Triton comes with torch for GPUs
-    "models": {"torch", "timm", "transformers", "safetensors", "yaml"},
+    "models": {"torch", "timm", "transformers", "safetensors", "yaml", "PIL", "huggingface_hub"},
     "loaders": {
         "numpy",
         "PIL",
@@ -75,6 +84,7 @@ FOREIGN = {  # beyond the standard library
         "torch",
         "torchvision",
         "timm",
+        "tqdm",
         "transformers",
         "ftfy",
         "tokenizers",

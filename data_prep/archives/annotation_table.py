@@ -64,7 +64,7 @@ def read(
             twice, a cell that is no text, or another number of texts; names the row, from 1.
     """
     found: dict[str, bytes] = {}
-    for number, row in _rows(path, [key_column, *chain(*columns.values())]):
+    for number, row in rows(path, [key_column, *chain(*columns.values())]):
         where = f"{path}, row {number}"
         key = row[key_column]
         if isinstance(key, int) and not isinstance(key, bool):
@@ -115,8 +115,12 @@ def _show(cell: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, column -> cell) of each row, of these columns."""
+def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, column -> cell) of each row, of these columns; the header is no row.
+
+    Raises `DataError` for a file that is none of FORMATS, a column that is not there, and a row
+    that is not as its format asks. In JSONL only the first column must be in each row.
+    """
     kinds = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix not in kinds:
         raise DataError(f"{path}: a table is one of {', '.join(FORMATS)}, told by its ending")

@@ -6,7 +6,6 @@ are; arrays become PNG, which is lossless.
 
 import hashlib
 import inspect
-import io
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
@@ -14,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
-from data_prep.archives import elevater_targets
-from data_prep.archives.image_source import image_extension, open_images
+from data_prep.archives import elevater_targets, hugging_face
+from data_prep.archives.image_source import open_images, png, stored_image
 from data_prep.sets.shard_writer import Unusable
 from loaders.errors import ConfigError, DataError
 from loaders.plain_text import read_text, text_lines
 
-_LOSSLESS = ("PPM", "BMP", "TIFF")  # formats that are written as PNG
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".bmp", ".tif", ".tiff")
 _HF_SPLITS = {"train": ["train"], "val": ["validation", "val", "valid"], "test": ["test"]}
 
@@ -64,21 +60,9 @@ def shard_image(data: bytes, where: str) -> tuple[str, bytes]:
     Raises `DataError` for anything else, because an evaluation set must be whole.
     """
     try:
-        return image_extension(data), data
+        return stored_image(data)
     except Unusable as error:
-        try:
-            image = Image.open(io.BytesIO(data))
-            if image.format in _LOSSLESS:
-                return "png", _png(image)
-        except (OSError, ValueError, Image.DecompressionBombError):
-            pass
         raise DataError(f"{where}: {error}; an evaluation set must be whole, mend it") from None
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _file_source(
@@ -150,27 +134,22 @@ def _read_torchvision(what: str, data: Any, gives_paths: bool, split: str, root:
         labels = getattr(data, "targets", None)
         labels = [data[i][1] for i in range(len(data))] if labels is None else labels
     origins = [str(i) for i in range(len(data))]
-    return Source(what, names, [[int(i)] for i in labels], origins, lambda i: _png(data[i][0]))
+    return Source(what, names, [[int(i)] for i in labels], origins, lambda i: png(data[i][0]))
 
 
 def _hugging_face(row: dict, split: str, root: str) -> Source:
     """A dataset saved to disk, a folder of parquet files, or a repository (cached, or online)."""
-    from datasets import Image as ImageFeature
-
     names = {**_HF_SPLITS, **row["hf"].get("splits", {})}[split]
-    data = _load_hugging_face(root, names)
-    images = [name for name, feature in data.features.items() if isinstance(feature, ImageFeature)]
-    if len(images) != 1:
-        raise DataError(
-            f"{root}: one column of type Image is needed, there: {images} of {data.column_names}"
-        )
-    column, class_names = _label_column(row, data, root)
-    cells = data.select_columns(images).cast_column(images[0], ImageFeature(decode=False))
+    data = hugging_face.choose(hugging_face.load(root), names, root)
+    cell = hugging_face.image_reader(data, hugging_face.image_column(data, root), root)
 
     def read(i: int) -> bytes:
-        cell = cells[i][images[0]]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        try:
+            return cell(i)
+        except Unusable as error:
+            raise DataError(f"{root}, row {i}: {error}; an evaluation set must be whole") from None
 
+    column, class_names = _label_column(row, data, root)
     labels = [value if isinstance(value, list) else [value] for value in data[column]]
     if any(label is None or label < 0 for numbers in labels for label in numbers):
         raise DataError(f"{root}: split {names[0]}: images without a label in column {column}")
@@ -195,39 +174,6 @@ def _label_column(row: dict, data: Any, root: str) -> tuple[str, list[str] | Non
         )
     feature = inner(data.features[column])
     return column, list(feature.names) if isinstance(feature, ClassLabel) else None
-
-
-def _load_hugging_face(root: str, splits: list[str]) -> Any:
-    """The first of `splits` that is there; `DataError` with the ones that are."""
-    import datasets
-
-    path = Path(root)
-    try:
-        if path.is_dir() and any((path / f).is_file() for f in ("dataset_dict.json", "state.json")):
-            data = datasets.load_from_disk(root)
-        elif path.is_dir():
-            files: dict[str, list[str]] = {}
-            for file in sorted(path.rglob("*.parquet")):
-                name = file.stem.split("-")[0]  # SPLIT-00000-of-00001.parquet or SPLIT/0000.parquet
-                name = file.parent.name if name.isdecimal() else name
-                files.setdefault(name, []).append(str(file))
-            if not files:
-                raise FileNotFoundError("neither dataset_dict.json, state.json nor *.parquet")
-            data = datasets.load_dataset("parquet", data_files=files)
-        else:
-            data = datasets.load_dataset(root)
-    except Exception as error:  # `datasets` raises errors of every library below it
-        raise DataError(
-            f"{root}: Hugging Face datasets cannot load it: {type(error).__name__}: {error}. Name "
-            "a folder of save_to_disk, one with parquet files (SPLIT-*.parquet), or the id of a "
-            "repository that is cached or can be reached"
-        ) from None
-    if isinstance(data, datasets.Dataset):  # a single split was saved
-        data = {str(data.split or splits[0]): data}
-    for name in splits:
-        if name in data:
-            return data[name]
-    raise DataError(f"{root}: no split {' or '.join(splits)}; there: {', '.join(data)}")
 
 
 def _folder(row: dict, split: str, root: Path) -> Source:

@@ -4,16 +4,18 @@ An archive is read in place, so a set of 100,000 images costs no second copy and
 source can be pickled; each process then opens the archive for itself.
 """
 
+import io
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+from PIL import Image
 
 from data_prep.sets.shard_writer import Unusable
 from loaders.errors import DataError
+from loaders.progress import Progress
 from loaders.tarreader import ShardReader, iterate_members
 
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # a first file, or the end record of an empty zip
@@ -61,6 +63,8 @@ def open_images(path: Path) -> ImageSource:
     return _Zip(path) if start in _ZIP_STARTS else _Tar(path)
 
 
+LOSSLESS = ("PPM", "BMP", "TIFF")  # formats that are written as PNG
+NOT_AN_IMAGE = "not a jpeg, png or webp image"
 IMAGE_START = 12  # bytes that say which kind of image a file is
 
 
@@ -75,7 +79,30 @@ def image_extension(data: bytes) -> str:
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    raise Unusable("not a jpeg, png or webp image")
+    raise Unusable(NOT_AN_IMAGE)
+
+
+def stored_image(data: bytes, as_png: Sequence[str] = LOSSLESS) -> tuple[str, bytes]:
+    """Member extension and bytes: jpg, png and webp as they are; formats `as_png`, as Pillow calls
+    them, are written as PNG, of several frames the first.
+
+    Raises `Unusable` for anything else.
+    """
+    try:
+        return image_extension(data), data
+    except Unusable:
+        try:
+            with Image.open(io.BytesIO(data), formats=as_png) as image:
+                return "png", png(image)
+        except Exception:  # plug-ins raise anything on damaged data
+            raise Unusable(NOT_AN_IMAGE) from None
+
+
+def png(image: Image.Image) -> bytes:
+    """The pixels of an image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class ImagesByName:
@@ -123,7 +150,7 @@ class ImagesByName:
         """Raise `DataError` that names files which are no images by their first bytes."""
         wrong = []
         in_order = sorted(places)  # as they lie in an archive, more or less
-        for place in tqdm(in_order, unit="img", desc="looking at the images", mininterval=1):
+        for place in Progress(in_order, desc="looking at the images", unit="img"):
             try:
                 image_extension(self._sources[place[0]].read(place[1], IMAGE_START))
             except Unusable as error:

@@ -1,5 +1,6 @@
 """The images of a source, as rows of (class, place, size) that are read one by one."""
 
+import fcntl
 import json
 import os
 import zipfile
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.archives.image_source import image_extension
+from data_prep.sets import set_folder
 from loaders.errors import DataError
 from loaders.tarreader import ShardReader
 
 ROW = np.dtype([("group", "<u2"), ("offset", "<i8"), ("size", "<u4")])
+INDEX = "images.npz"
 _BLOCK = 512
 
 
@@ -28,6 +31,7 @@ class Images:
     names: np.ndarray | None  # (n,) bytes; None: read from the tar header before each image
     digest: str  # SHA-256 over group, name and size of all images
     ignored: tuple[str, ...]  # up to ten of the files that are not images by their names
+    passed_over: dict[str, int] = field(default_factory=dict)  # class folders: what -> how many
     _reader: ShardReader = field(default_factory=ShardReader, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -83,6 +87,30 @@ def _read_file(path: str, size: int) -> bytes:
     return data
 
 
+def open_indexed(
+    source: Path, out: Path, index: Callable[[Path], Images], state_of: Callable[[Path], str]
+) -> Images:
+    """What `index(source)` gives, kept in the working folder of the set `out` while `state_of`
+    the source stays the same.
+
+    Several processes may call this at once: one indexes, the others wait for it. Raises
+    `DataError` as `index` does, and if `out` holds files that no preparation made.
+    """
+    set_folder.check_folder(out)
+    work = out / set_folder.WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / f"{INDEX}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = state_of(source)
+        images = load(work / INDEX, state)
+        if images is None:
+            images = index(source)
+            if state != state_of(source):
+                raise DataError(f"{source}: changed while it was indexed; wait for its writer")
+            store(work / INDEX, state, images)
+    return images
+
+
 def load(path: Path, state: str) -> Images | None:
     """What `store` wrote for this `state` of the source; None if there is none."""
     try:
@@ -99,7 +127,7 @@ def load(path: Path, state: str) -> Images | None:
 
 def store(path: Path, state: str, images: Images) -> None:
     """Write `images` so that a reader sees the old or the new file, never a part."""
-    keys = ("groups", "containers", "misplaced", "digest", "ignored")
+    keys = ("groups", "containers", "misplaced", "digest", "ignored", "passed_over")
     facts = json.dumps({"state": state, **{key: getattr(images, key) for key in keys}})
     arrays = {"rows": images.rows, "facts": np.array(facts)}
     if images.names is not None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.archives.import_about import Contents
 from data_prep.sets import set_folder
 from loaders.errors import DataError
+from loaders.progress import Progress
 from loaders.tarreader import ABSENT, NO_LABEL, open_index
 
 SCAN = "import"  # folder in work/ with one link a tar, beside which its index is made
@@ -38,7 +38,7 @@ def scan(out: Path, tars: Sequence[Path]) -> tuple[list[Original], list[str]]:
     place = out / set_folder.WORK / SCAN
     place.mkdir(parents=True, exist_ok=True)
     good, errors = [], []
-    for path in tqdm(tars, unit="tar", desc="indexing", mininterval=1):
+    for path in Progress(tars, desc="indexing", unit="tar"):
         link = place / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:24]}.tar"
         link.unlink(missing_ok=True)
         link.symlink_to(path)
@@ -48,7 +48,7 @@ def scan(out: Path, tars: Sequence[Path]) -> tuple[list[Original], list[str]]:
         except (DataError, OSError) as error:
             text = str(error).replace(str(link), str(path))
             errors.append(text if str(path) in text else f"{path}: {text}")
-            tqdm.write(f"unreadable: {errors[-1]}", file=sys.stderr)
+            Progress.write(f"unreadable: {errors[-1]}", file=sys.stderr)
             continue
         good.append(Original(path, link, stats))
     return good, errors

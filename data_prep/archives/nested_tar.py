@@ -9,7 +9,6 @@ folders, or of images. Groups (classes) are sorted by name and images by name wi
 all forms of a set give the same order of images.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,15 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from data_prep.archives.image_table import ROW, Images, load, store
-from data_prep.sets import set_folder
+from data_prep.archives.image_table import ROW, Images, open_indexed
 from loaders.errors import DataError
+from loaders.progress import Progress
 from loaders.tarreader import iterate_members
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-INDEX = "images.npz"
 _BLOCK = 512
 _PACKED = {  # first bytes -> what unpacks it
     b"\x1f\x8b": "gunzip -k",
@@ -51,19 +48,7 @@ def open_images(source: Path, out: Path) -> Images:
     Several processes may call this at once: one indexes, the others wait for it. Raises
     `DataError` as `index` does, and if `out` holds files that no preparation made.
     """
-    set_folder.check_folder(out)
-    work = out / set_folder.WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / f"{INDEX}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        state = _state(source)
-        images = load(work / INDEX, state)
-        if images is None:
-            images = index(source)
-            if state != _state(source):
-                raise DataError(f"{source}: changed while it was indexed; wait for its writer")
-            store(work / INDEX, state, images)
-    return images
+    return open_indexed(source, out, index, _state)
 
 
 def index(source: Path) -> Images:
@@ -149,7 +134,7 @@ def _index_tar(path: Path) -> Images:
     refuse_compressed(path)
     members = []
     total = path.stat().st_size
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"index {path.name}") as bar:
+    with Progress(total=total, unit="B", scaled=True, desc=f"index {path.name}") as bar:
         for member in iterate_members(path):
             members.append(member)
             bar.update(member.offset + member.size - bar.n)
@@ -163,7 +148,7 @@ def _index_tar(path: Path) -> Images:
             found.ignore(member.name)
     with (
         open(path, "rb", buffering=0) as file,
-        tqdm(total=total, unit="B", unit_scale=True, desc="index class archives") as bar,
+        Progress(total=total, unit="B", scaled=True, desc="index class archives") as bar,
     ):
         for tar in tars:
             what = f"{path}: class archive {tar.name!r}"
@@ -191,7 +176,7 @@ def _index_folder(source: Path) -> Images:
     if images:
         found.add("", source, _files(source))
         return found.images()
-    for entry in tqdm(tars or folders, unit=" classes", desc=f"index {source.name}"):
+    for entry in Progress(tars or folders, desc=f"index {source.name}", unit="class"):
         path = Path(entry.path)
         if tars:
             with open(path, "rb", buffering=0) as file:

@@ -20,11 +20,11 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote_plus
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.download.list_input import read_lines
 from data_prep.download.list_rows import NOT_UTF8, Notes, Rejected
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 TABLE = "yfcc100m_dataset"
 TSV_COLUMNS = 25
@@ -186,8 +186,8 @@ def _join_sqlite(path: Path, photos: Photos) -> Iterator[tuple[int, list[bytes] 
                 f"SELECT ids.position, {columns} FROM metadata.{TABLE} AS m "
                 "CROSS JOIN ids ON ids.photoid = m.photoid"
             )
-            for position, *values in tqdm(
-                cursor, total=len(photos), unit="photo", mininterval=1, delay=1, desc=path.name
+            for position, *values in Progress(
+                cursor, total=len(photos), unit="photo", desc=path.name, after=1
             ):
                 fields = [_as_bytes(value) for value in values]
                 yield position, fields, b"\t".join(fields)

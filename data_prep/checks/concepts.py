@@ -15,10 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from data_prep.checks.verify_pool import end_with_parent
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -73,7 +72,7 @@ def count(
     counts: Counter = Counter()
     texts = iter(texts)
     zones = iter(lambda: list(islice(texts, _ZONE)), [])
-    with tqdm(total=total, unit="text", desc="noun entities", mininterval=1) as bar:
+    with Progress(total=total, unit="text", desc="noun entities") as bar:
         for number, found in _count_zones(zones, model, processes):
             counts.update(found)
             bar.update(number)

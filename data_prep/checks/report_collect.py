@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data_prep.checks.report_counts import SIZES, Files, Rows, Sizes, Texts
 from data_prep.download.advice import Hosts, leading_advice, resolver_advice
@@ -18,6 +17,7 @@ from data_prep.download.reasons import DNS, OTHER, PRIVATE, SUCCESS, reason_grou
 from data_prep.sets import set_folder
 from loaders.errors import DataError
 from loaders.manifest import MANIFEST
+from loaders.progress import Progress
 from loaders.tarreader import ShardReader, open_index
 
 _COLUMNS = ("row", "url", "status", "error_message", "caption", "sha256")
@@ -91,7 +91,7 @@ def collect(source: Source) -> dict:
     """All facts but the concepts of captions. Keys are those of report.json."""
     rows, texts, sizes, files, hosts = Rows(), Texts(), Sizes(), Files(), Hosts()
     labels = np.zeros(len(source.classes), dtype=np.int64)
-    for tar in tqdm(source.every, unit="shard", desc=source.facts["name"], mininterval=1):
+    for tar in Progress(source.every, unit="shard", desc=source.facts["name"]):
         table = _table(tar, [*_COLUMNS, *SIZES])
         rows.add(table)
         hosts.add(table)

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from tqdm import tqdm
-
 from data_prep.checks.verify_shard import Task, check_shard
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 _read = None  # bytes read by all workers, set in each of them
 
@@ -24,21 +23,16 @@ def check_all(name: str, tasks: Sequence[Task], workers: int) -> dict[int, dict]
     sizes = {task.shard: task.state()["bytes"] for task in tasks}
     tasks = sorted(tasks, key=lambda task: -sizes[task.shard])
     total = sum(sizes[task.shard] for task in tasks if task.successes)
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc=f"verify {name}",
-        mininterval=1,
-        disable=not tasks,
+    with Progress(
+        desc=f"verify {name}", unit="B", scaled=True, total=total, show=bool(tasks)
     ) as bar:
         if min(workers, len(tasks)) <= 1:
             return {task.shard: check_shard(task, bar.update) for task in tasks}
         return _in_parallel(tasks, min(workers, len(tasks)), bar)
 
 
-def _in_parallel(tasks: Sequence[Task], workers: int, bar: tqdm) -> dict[int, dict]:
-    # Not fork: tqdm and pyarrow have threads, and locks that a forked process would inherit.
+def _in_parallel(tasks: Sequence[Task], workers: int, bar: Progress) -> dict[int, dict]:
+    # Not fork: pyarrow has threads, and locks that a forked process would inherit.
     context = multiprocessing.get_context("spawn")
     read = context.Value("q", 0)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (read,))
@@ -55,7 +49,7 @@ def _in_parallel(tasks: Sequence[Task], workers: int, bar: tqdm) -> dict[int, di
         pool.shutdown(cancel_futures=True)
 
 
-def _follow(futures: Iterable[Future], bar: tqdm, read) -> None:
+def _follow(futures: Iterable[Future], bar: Progress, read) -> None:
     """Advance the bar until all are done; raises what the first failing one raised."""
     pending = set(futures)
     while pending:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
-from tqdm import tqdm
 
 from data_prep.clipart.classes import class_ids, emoji_class
 from data_prep.clipart.packages import FLUENT_3D, NOTO_EMOJI, TWEMOJI, Package, read_members
 from data_prep.clipart.write import Sample, render
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 EMOJI_TEST = "usr/share/unicode/emoji/emoji-test.txt"
 NOTO_FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -73,7 +73,7 @@ def noto_samples(package: Path, emoji: list[tuple[Emoji, int]]) -> Iterator[Samp
         )
     (data,) = (data for _, data in read_members(package, lambda name: name == NOTO_FONT))
     font = ImageFont.truetype(io.BytesIO(data), NOTO_FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
-    for entry, label in tqdm(emoji, desc="Noto", unit="image", mininterval=1):
+    for entry, label in Progress(emoji, desc="Noto", unit="image"):
         canvas = Image.new("RGBA", NOTO_CANVAS, (255, 255, 255, 0))
         ImageDraw.Draw(canvas).text((0, 0), entry.text, font=font, embedded_color=True)
         yield from _sample(canvas, entry, label, NOTO_EMOJI, f"{Path(NOTO_FONT).name}#{entry.key}")
@@ -107,7 +107,7 @@ def _file_samples(
     def wanted(name: str) -> bool:
         return name.startswith(folder) and name.endswith(suffix) and key(name) in by_key
 
-    bar = tqdm(desc=style, unit="image", total=len(by_key), mininterval=1)
+    bar = Progress(desc=style, unit="image", total=len(by_key))
     with bar:
         for name, data in sorted(read_members(path, wanted)):
             bar.update()

@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 import ftfy
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep.clipart.classes import class_ids, openclipart_class
 from data_prep.clipart.packages import OPENCLIPART_PNG, read_members
 from data_prep.clipart.write import Sample, render
+from loaders.progress import Progress
 
 SVG_ROOT = "usr/share/openclipart/svg/"
 PNG_ROOT = "usr/share/openclipart/png/"
@@ -87,7 +87,7 @@ def read_metadata(package: Path) -> list[Drawing]:
         return name.startswith(SVG_ROOT) and name.endswith(".svg")
 
     drawings = []
-    members = tqdm(read_members(package, wanted), desc="Open Clip Art texts", unit="file")
+    members = Progress(read_members(package, wanted), desc="Open Clip Art texts", unit="file")
     for name, data in members:
         path = name.removeprefix(SVG_ROOT).removesuffix(".svg")
         drawings.append(parse_metadata(path, data))
@@ -174,7 +174,7 @@ def read_images(package: Path, paths: Iterable[str]) -> dict[str, tuple[str, byt
     names = {f"{PNG_ROOT}{path}.png": path for path in paths}
     images = {}
     members = read_members(package, names.__contains__)
-    for name, data in tqdm(members, desc="Open Clip Art", unit="image", total=len(names)):
+    for name, data in Progress(members, desc="Open Clip Art", unit="image", total=len(names)):
         # The header is read first: the largest would need gigabytes to decode.
         width, height = (int.from_bytes(data[start : start + 4]) for start in (16, 20))
         jpeg = None

@@ -4,11 +4,11 @@ import io
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep.clipart.classes import class_ids, stamp_class
 from data_prep.clipart.packages import TUXPAINT_STAMPS, read_members
 from data_prep.clipart.write import Sample, render
+from loaders.progress import Progress
 
 ROOT = "usr/share/tuxpaint/stamps/"
 LEFT_OUT = f"{ROOT}symbols/alphabets/"  # letters are no captions
@@ -24,7 +24,7 @@ def stamp_samples(package: Path) -> tuple[list[Sample], int]:
     pictures = sorted(name for name in files if name.endswith(".png"))
     ids = class_ids()
     samples, seen = [], set()
-    for name in tqdm(pictures, desc="Tux Paint stamps", unit="image"):
+    for name in Progress(pictures, desc="Tux Paint stamps", unit="image"):
         text = files.get(name.removesuffix(".png") + ".txt")
         if text is None or name.startswith(LEFT_OUT) or files[name] in seen:
             continue

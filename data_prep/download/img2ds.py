@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data_prep.download import img2ds_launch, url_list
 from data_prep.download.advice import COLUMNS, DNS_SHARE, Hosts, leading_advice, resolver_advice
@@ -20,6 +19,7 @@ from data_prep.download.options import Options
 from data_prep.download.reasons import DNS, PRIVATE, SUCCESS
 from data_prep.sets import set_folder
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 
 def download(out: Path, part: int, parts: int, options: Options) -> None:
@@ -48,12 +48,11 @@ def fetch(out: Path, part: int, parts: int, options: Options) -> None:
     with set_folder.working_folder(out, part, parts) as stage:
         set_folder.reopen(out)
         done = [s for s in set_folder.finished(out) if s % parts == part]
-        with tqdm(
+        with Progress(
+            desc=set_folder.load(out).name,
+            unit="row",
             total=sum(rows[part:planned:parts]),
             initial=sum(rows[s] for s in done),
-            desc=set_folder.load(out).name,
-            unit="img",
-            mininterval=1,
         ) as bar:
             _launch_until_finished(out, part, parts, options, rows, stage, bar)
 
@@ -62,7 +61,10 @@ def _launch_until_finished(out, part, parts, options, rows, stage, bar) -> None:
     """Start img2dataset until no shard is missing; a start that finishes none is a failure."""
     failures, number = 0, 0
     while todo := set_folder.missing(out, part, parts):
-        launch = img2ds_launch.Launch(out, stage / f"out-{number}", todo, rows, options, bar)
+        done = [s for s in set_folder.finished(out).items() if s[0] % parts == part]
+        before = img2ds_launch.count_reasons(stats for _, stats in done)
+        home = stage / f"out-{number}"
+        launch = img2ds_launch.Launch(out, home, todo, rows, options, bar, before)
         try:
             reason = launch.run()
         except OSError as error:
@@ -74,7 +76,8 @@ def _launch_until_finished(out, part, parts, options, rows, stage, bar) -> None:
         if not left:
             return
         failures = failures + 1 if len(left) == len(todo) else 1
-        tqdm.write(f"{out}: {reason}. The last lines of img2dataset:\n{launch.tail()}", sys.stderr)
+        last = f"{out}: {reason}. The last lines of img2dataset:\n{launch.tail()}"
+        Progress.write(last, sys.stderr)
         if failures > options.max_restarts:
             raise DataError(
                 f"{out}: shards {img2ds_launch.some(left)} could not be finished ({reason}; "
@@ -82,7 +85,7 @@ def _launch_until_finished(out, part, parts, options, rows, stage, bar) -> None:
                 "valid. Look at the lines above (killed for memory: fewer --threads and "
                 "--processes), then run the same command again"
             )
-        tqdm.write(f"{out}: starting it again for {len(left)} shards", sys.stderr)
+        Progress.write(f"{out}: starting it again for {len(left)} shards", sys.stderr)
 
 
 def shard_rows(out: Path) -> list[int]:

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from data_prep.download import url_list
 from data_prep.download.reasons import DNS, SUCCESS, reason_group
 from data_prep.sets import set_folder
 from loaders.errors import ConfigError, DataError
+from loaders.progress import Progress
 from loaders.tarreader import iterate_members
 
 CHILD = Path(__file__).with_name("img2ds_child.py")
@@ -44,11 +44,19 @@ class Launch:
     """One start of img2dataset for the shards `todo`.
 
     `home`: folder to work in, not there yet. `rows`: rows of each shard of the list. `options`:
-    `options.Options`. `bar`: progress over the rows of the part.
+    `options.Options`. `bar`: progress over the rows of the part. `before`: rows of the part that
+    were fetched before, by reason group.
     """
 
     def __init__(
-        self, out: Path, home: Path, todo: Sequence[int], rows: Sequence[int], options, bar: tqdm
+        self,
+        out: Path,
+        home: Path,
+        todo: Sequence[int],
+        rows: Sequence[int],
+        options,
+        bar: Progress,
+        before: Counter,
     ) -> None:
         self.out, self.home, self.rows, self.options, self.bar = out, home, rows, options, bar
         self.todo = set(todo)
@@ -57,7 +65,7 @@ class Launch:
         self.staged = 0  # bytes of the largest unfinished tar, when the disk is full
         self.problems: list[str] = []
         self._first_row = bar.total - sum(rows[shard] for shard in todo)
-        self._fetched, self._reasons = 0, Counter()
+        self._fetched, self._reasons = 0, Counter(before)
         self._printed = b""
 
     def run(self) -> str:
@@ -106,7 +114,7 @@ class Launch:
             "url_list": str((self.home / "list").resolve()),
             "input_format": "parquet",
             "url_col": "url",
-            "caption_col": "caption",
+            "caption_col": "caption" if "caption" in columns else None,
             "save_additional_columns": [c for c in columns if c not in ("url", "caption")],
             "output_folder": str(self.output.resolve()),
             "output_format": "webdataset",
@@ -145,6 +153,7 @@ class Launch:
             for shard in complete:
                 self._take_over(shard)
             if not self.todo:
+                self.bar.update(self._first_row + self._fetched - self.bar.n)
                 return "finished"
             if ended is not None:
                 return f"img2dataset ended with code {ended}, shards {some(self.todo)} missing"

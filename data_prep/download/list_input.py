@@ -8,9 +8,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 _BAR_LINES = 5_000
 _DAMAGED = (EOFError, zlib.error)
@@ -52,11 +51,9 @@ def read_lines(
     """
     total = sum(_stat(path).st_size for path in paths)
     first = done = 0
-    with tqdm(
-        total=total, unit="B", unit_scale=True, mininterval=1, delay=1, disable=not show
-    ) as bar:
+    with Progress(desc="", unit="B", scaled=True, total=total, after=1, show=show) as bar:
         for path in paths:
-            bar.set_description(path.name, refresh=False)
+            bar.name(path.name)
             with open(path, "rb", buffering=0) as raw:
                 number, empty = first - 1, []  # empty lines: none if no other follows
                 if starts is not None:
@@ -110,9 +107,10 @@ def _hash_file(path: Path) -> str:
     total = hashlib.sha256()
     with (
         open(path, "rb") as file,
-        tqdm(total=_stat(path).st_size, unit="B", unit_scale=True, mininterval=1, delay=1) as bar,
+        Progress(
+            desc=f"sha256 of {path.name}", unit="B", scaled=True, total=_stat(path).st_size, after=1
+        ) as bar,
     ):
-        bar.set_description(f"sha256 of {path.name}", refresh=False)
         while block := file.read(1 << 22):
             total.update(block)
             bar.update(len(block))

@@ -1,7 +1,8 @@
 """Rows of a list on their way to parquet: which are usable, which are repeated.
 
 Kept are rows with a url of an allowed scheme and a caption, the first of equal (url, caption)
-rows. Every other row but a repeated one is written to rejected.tsv with its line and its reason.
+rows. In a list with labels the caption may be empty, and rows with other labels are not equal.
+Every other row but a repeated one is written to rejected.tsv with its line and its reason.
 """
 
 import bisect
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 
 WEB = ("http", "https")
 NOT_UTF8 = "not UTF-8"
+LABEL = "label"  # extra column of class numbers, which the loader reads from the json of a sample
 REJECTED_COLUMNS = ("line", "reason", "text")  # of rejected.tsv
 _BATCH = 100_000  # rows that are Python objects at a time
 _PLAIN_URL = re.compile(r"https?://[^\s/?#][!-~]*", re.ASCII)
@@ -34,7 +36,7 @@ class Row(NamedTuple):
     url: str
     caption: str
     raw: bytes
-    extra: tuple[str | None, ...] = ()
+    extra: tuple[str | int | None, ...] = ()  # an int under LABEL
 
 
 class Rejected(NamedTuple):
@@ -128,8 +130,10 @@ class ListWriter:
         self.stage, self.schemes, self.file_rows, self.rejects = stage, schemes, file_rows, rejects
         self._starts = starts
         rejects.write("\t".join(REJECTED_COLUMNS) + "\n")
-        kinds = {"row": pa.int64()}
+        kinds = {"row": pa.int64(), LABEL: pa.int64()}
         self.schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
+        self._label = list(columns).index(LABEL) if LABEL in columns else None
+        self._captions = "caption" in columns
         self.rows = self.duplicates = self.encoded_urls = 0
         self.rejected: Counter = Counter()
         self.files: list[dict] = []
@@ -144,17 +148,21 @@ class ListWriter:
             return
         try:
             url = encode_url(item.url, self.schemes)
-            if not item.caption.strip():
+            if self._label is None and not item.caption.strip():
                 raise ValueError("empty caption")
+            caption = [item.caption] if self._captions else []
+            values = (url, *caption, item.row, *item.extra)
             key = url.encode()
             pair = key + b"\t" + item.caption.encode()
+            if self._label is not None:
+                pair += b"\t%d" % values[self._label]
         except UnicodeError:
             self._reject(item.row, NOT_UTF8, item.raw)
         except ValueError as error:
             self._reject(item.row, str(error), item.raw)
         else:
             self.encoded_urls += url != item.url.strip()
-            self._batch.append((url, item.caption, item.row, *item.extra))
+            self._batch.append(values)
             self._pair_hashes.append(hashlib.blake2b(pair, digest_size=8).digest())
             self._url_hashes.append(hashlib.blake2b(key, digest_size=8).digest())
             if len(self._batch) == _BATCH:

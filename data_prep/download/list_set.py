@@ -1,7 +1,7 @@
 """A set of images whose addresses stand in a published list: what gcc.py and yfcc.py share."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,14 @@ def download(
     identity: Mapping[str, Any],
     stated: Mapping[str, Any],
     extra: Mapping[str, Any],
+    classes: Sequence[dict] = (),
 ) -> None:
     """Begin the set of the list that `url_list.build` made, and fetch the images of this part.
 
     `index`: what `build` returned. `about`: tool, name, source and license of the set. `identity`:
     what the folder must agree on besides the rows and the options. `stated`: what the manifest
-    tells of the list besides its counts; `extra`: and of the set. Raises `DataError` as
+    tells of the list besides its counts; `extra`: and of the set. `classes`: of a list with labels,
+    which becomes an image_label set. Raises `DataError` as
     `set_folder.begin` and `img2ds.download` do.
     """
     out, size = arguments.out, arguments.samples_per_shard
@@ -52,7 +54,7 @@ def download(
     source = f"{about['source']}; file {index['input']}, sha256 {index['input_sha256']}"
     preparation = set_folder.Preparation(
         **{**about, "source": source},
-        kind="image_text",
+        kind="image_label" if classes else "image_text",
         date=date.today().isoformat(),
         shards=url_list.shard_count(index, size),
         samples_per_shard=size,
@@ -64,7 +66,7 @@ def download(
         },
         extra={"list": {**stated, **counts}, **extra},
     )
-    set_folder.begin(out, preparation)
+    set_folder.begin(out, preparation, classes)
     print(url_list.describe(index, arguments.part, arguments.parts))
     img2ds.download(out, arguments.part, arguments.parts, options)
     print(f"next: python data_prep/verify.py {out}")

@@ -54,12 +54,14 @@ def build(
     samples_per_shard: int,
     extra_columns: Sequence[str] = (),
     schemes: Sequence[str] = WEB,
+    captions: bool = True,
 ) -> dict:
     """Write `out`/list from the rows of `read_rows`, or reuse it if it is there; returns its index.
 
-    `extra_columns`: names of `Row.extra`, strings. `schemes`: url schemes to let through; a file
-    url can put any local file in the set, so it must be asked for. Memory: about 40 bytes a row
-    for hashes, else constant. Raises `DataError` for a list of other input or parameters,
+    `extra_columns`: names of `Row.extra`, strings, but for the numbers of `list_rows.LABEL`.
+    `captions`: False for a list that has labels alone. `schemes`: url schemes to let through; a
+    file url can put any local file in the set, so it must be asked for. Memory: about 40 bytes a
+    row for hashes, else constant. Raises `DataError` for a list of other input or parameters,
     unreadable input, no usable row, a full disk, and a folder that holds something else;
     `ConfigError` for a shard size below 1.
     """
@@ -67,7 +69,7 @@ def build(
     layout = {
         "samples_per_shard": samples_per_shard,
         "schemes": list(schemes),
-        "columns": ["url", "caption", "row", *extra_columns],
+        "columns": ["url", *(["caption"] if captions else []), "row", *extra_columns],
     }
     parameters = json.loads(json.dumps({**parameters, **layout}))
     set_folder.check_folder(out)  # before hours of work, not only when the set is begun
@@ -158,11 +160,11 @@ def append(out: Path, table: pa.Table, prefix: str) -> dict:
     return index
 
 
-def describe(index: dict, part: int, parts: int) -> str:
-    """What is about to be downloaded, in words, for the user to see before it starts."""
+def describe(index: dict, part: int, parts: int, todo: str = "download") -> str:
+    """What is about to be done with the rows, in words, for the user to see before it starts."""
     size = index["parameters"]["samples_per_shard"]
     shards = shard_count(index, size)
-    lines = [f"{index['input']}: {index['rows']} rows to download"]
+    lines = [f"{index['input']}: {index['rows']} rows to {todo}"]
     lines += [f"  rejected, {reason}: {count}" for reason, count in index["rejected"].items()]
     lines += [f"  {what}: {count}" for what, count in index["notes"].items()]
     for key, what in (

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.sets.shard_writer import Unusable
 from loaders.errors import DataError
 from loaders.manifest import ShardSet
+from loaders.progress import Progress
 from loaders.tarreader import Member, ShardReader, iterate_members, open_index, sample_key
 
 
@@ -29,7 +29,7 @@ class Copier:
         mask = np.zeros(len(shards), dtype=bool)
         mask[chosen] = True
         end = 0
-        for shard in tqdm(shards.shards, unit="tar", desc="reading headers", mininterval=1):
+        for shard in Progress(shards.shards, desc="reading headers", unit="tar"):
             wanted, end = mask[end : end + shard.samples], end + shard.samples
             if wanted.any():
                 self._add_shard(shard.path, wanted)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.sets.expression import CannotEvaluate, Expression
 from loaders.errors import DataError
 from loaders.manifest import ShardSet, open_shards
 from loaders.plain_text import text_lines
+from loaders.progress import Progress
 from loaders.tarreader import NO_LABEL, open_index
 
 
@@ -109,7 +109,7 @@ def by_expression(shards: ShardSet, expression: Expression) -> np.ndarray:
 def iterate_keys(shards: ShardSet) -> Iterator[tuple[int, Path, str]]:
     """(sample index, tar, key) of all samples, with progress."""
     i = 0
-    with tqdm(total=len(shards), unit="sample", desc="choosing", mininterval=1) as bar:
+    with Progress(total=len(shards), unit="sample", desc="choosing") as bar:
         for shard in shards.shards:
             path = Path(shard.path)
             for key in open_index(path)["key"].tolist():

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.sets import set_folder
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 SUCCESS = "success"
 _BLOCK = 512
@@ -111,7 +111,7 @@ def write_shards(
     try:
         with (
             set_folder.working_folder(out, part, parts) as stage,
-            tqdm(total=rows, unit="img", desc=preparation.name, disable=not rows) as bar,
+            Progress(total=rows, unit="sample", desc=preparation.name, show=bool(rows)) as bar,
         ):
             for shard in todo:
                 chosen = order[layout.first[shard] : layout.first[shard + 1]]
@@ -126,7 +126,7 @@ def write_shards(
 
 
 def _write_shard(
-    stage: Path, shard: int, layout: Layout, chosen, read, bar: tqdm, written: Counter
+    stage: Path, shard: int, layout: Layout, chosen, read, bar: Progress, written: Counter
 ) -> Counter:
     """Write one tar and its statistics into `stage`; adds to the samples and bytes `written`."""
     name, status, start = set_folder.shard_name(shard), Counter(), time.time()

@@ -12,11 +12,11 @@ from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from eval.detector.categories import read_categories
 from loaders import manifest, views
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 SMALLEST_SIDE = 1.0  # pixels; narrower boxes teach nothing and break the targets
 
@@ -49,7 +49,7 @@ class Instances(Dataset):
         number = {name: k for k, name in enumerate(self.class_names, start=1)}
         self.class_of = {entry["id"]: number[entry["name"]] for entry in self._own}
         self.shards = manifest.open_shards(folder)
-        about = tqdm(range(len(self.shards)), desc=f"{folder.name} annotations", unit="img")
+        about = Progress(range(len(self.shards)), desc=f"{folder.name} annotations", unit="img")
         self.records = [self._record(i) for i in about]
         self.indices = [
             i for i, record in enumerate(self.records) if not training or self._boxes(record)

@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from torchvision.models.detection import MaskRCNN
-from tqdm import tqdm
 
 from eval.detector import coco_metrics, mask_rcnn
 from eval.detector.instances import Instances, collate
 from eval.tasks.outcome import Outcome
 from loaders import manifest
 from loaders.errors import ConfigError, NonFiniteLoss
+from loaders.progress import Progress
 from models import weights
 from models.config import ModelConfig
 
@@ -67,9 +67,8 @@ def train(
         generator.manual_seed(SEED + epoch)
         torch.manual_seed(SEED + epoch * ranks + accelerator.process_index)
         wrapped.train()
-        bar = tqdm(
-            loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process
-        )
+        title = f"epoch {epoch + 1}/{args.epochs}"
+        bar = Progress(loader, desc=title, unit="step", show=accelerator.is_main_process)
         for i, (images, targets) in enumerate(bar):
             factor = rate_factor(epoch * steps + i, steps, args.epochs, warm_up)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -84,7 +83,7 @@ def train(
             optimizer.zero_grad()
             accelerator.backward(loss)
             optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if accelerator.is_main_process:
             save(state, model, optimizer, epoch + 1)
         accelerator.wait_for_everyone()
@@ -121,11 +120,13 @@ def detect(
     loader = DataLoader(subset, 1, num_workers=workers, collate_fn=collate)
     model.eval()
     found: list[dict] = []
-    bar = tqdm(loader, desc="detection", unit="img", disable=not accelerator.is_main_process)
-    for position, (images, _) in zip(mine, bar, strict=True):
+    bar = Progress(desc="detection", unit="img", total=len(data), show=accelerator.is_main_process)
+    for position, (images, _) in zip(mine, loader, strict=True):
         output = model([image.to(accelerator.device) for image in images])[0]
         image_id = data.records[data.indices[position]]["image_id"]
         found += coco_metrics.detections(image_id, output, data.categories)
+        bar.update(min(accelerator.num_processes, len(data) - bar.n))  # the others do as many
+    bar.close()
     gathered = gather_object(found)
     return gathered if accelerator.is_main_process else None
 

@@ -1,4 +1,4 @@
-"""The pictures. Every function draws one file from plain data and returns nothing."""
+"""What all pictures share, and bars. A function that draws returns the figure; `save` writes it."""
 
 import functools
 import textwrap
@@ -13,29 +13,71 @@ import numpy as np
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from eval.report import palette
 
 CHANCE = "guessing"
-RIGHT, WRONG = "#1a7f37", "#cf222e"
-COLORS = plt.get_cmap("tab10").colors
+# Of a line of text, at the size SMALL.
+LINE = 1.25 * palette.SMALL / 72  # inches
+CHARACTER = 0.56 * palette.SMALL / 72  # inches, on average and a little more
+STYLE = {
+    "font.size": palette.SMALL,
+    "axes.labelsize": palette.SMALL,
+    "axes.titlesize": palette.HEAD,
+    "figure.titlesize": palette.HEAD,
+    "xtick.labelsize": palette.SMALL,
+    "ytick.labelsize": palette.SMALL,
+    "legend.fontsize": palette.SMALL,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+}
+plt.rcParams.update(STYLE)
 
 
-def new_figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """Figure and its axes as an array (rows, columns)."""
-    return plt.subplots(rows, columns, figsize=inches, squeeze=False, layout="constrained")
+def new_figure(rows: int, columns: int, inches: tuple[float, float], **options) -> tuple:
+    """Figure and its axes as an array (rows, columns); `options` as for `plt.subplots`."""
+    made = {"figsize": inches, "squeeze": False, "layout": "constrained", **options}
+    return plt.subplots(rows, columns, **made)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as PNG and free it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    dots = palette.DOTS * palette.DENSITY
+    figure.savefig(path, dpi=dots, bbox_inches="tight", pad_inches=0.03)
     plt.close(figure)
+
+
+class Sheet:
+    """A figure that is filled from the top, in inches: places are from the left edge, and below
+    `top`, which whoever fills it moves on."""
+
+    def __init__(self, width: float, height: float):
+        self.width, self.height = width, height
+        self.figure: Figure = plt.figure(figsize=(width, height))
+        self.top = 0.0
+
+    def text(self, x: float, below: float, text: str, **style) -> None:
+        """Text whose upper left corner is there."""
+        style = {"va": "top", "linespacing": 1.2, **style}
+        self.figure.text(x / self.width, 1 - (self.top + below) / self.height, text, **style)
+
+    def axes(self, x: float, below: float, width: float, height: float) -> Axes:
+        """Axes of that size whose upper left corner is there."""
+        bottom = self.height - self.top - below - height
+        inches = (x / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(inches)
+
+
+@functools.cache
+def _font() -> ft2font.FT2Font:
+    return ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
 
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    path = font_manager.findfont("DejaVu Sans")
-    return frozenset(ft2font.FT2Font(path).get_charmap())
+    return frozenset(_font().get_charmap())
 
 
 def printable(text: str) -> str:
@@ -50,159 +92,96 @@ def wrapped(text: str, width: int, lines: int) -> str:
     return textwrap.fill(printable(text), width, max_lines=lines, placeholder=" …")
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over a fiftieth of the points; it narrows towards both ends, so that
-    a rising curve is not bent there."""
-    half = len(values) // 100
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    place = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(place, len(values) - 1 - place))
-    return (total[place + reach + 1] - total[place - reach]) / (2 * reach + 1)
+def short(text: str, length: int) -> str:
+    """`printable(text)` cut to `length` characters, the last one an ellipsis."""
+    text = printable(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _series(records: list[dict], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(r[x], r[y]) for r in records if r.get(y) is not None and r.get(x) is not None]
-    array = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+def length(text: str) -> float:
+    """Inches of the longest line of `text` at the size SMALL."""
+    font = _font()
+    font.set_size(palette.SMALL, 72)
+    widths = []
+    for line in text.replace(r"\$", "$").split("\n"):
+        font.set_text(line)
+        widths.append(font.get_width_height()[0] / 64 / 72)
+    return max(widths)
 
 
-def curves(logs: dict[str, list[dict]], path: Path) -> None:
-    """Training curves of runs (name -> lines of metrics.jsonl): loss with its floor, mean number of
-    positives per row, and temperature multiplier; a panel without any data is left out."""
-    panels = [
-        ("loss", "loss (dashed: floor, the entropy of the targets)"),
-        ("mean_positives", "positives per row, mean over the global batch"),
-        ("scale", "scale (multiplier of the cosine)"),
-    ]
-    panels = [p for p in panels if any(p[0] in r for log in logs.values() for r in log)]
-    everywhere = all("samples" in r for log in logs.values() for r in log)
-    x = "samples" if everywhere else "step"
-    figure, axes = new_figure(1, max(1, len(panels)), (5.2 * max(1, len(panels)), 4))
-    for axis, (key, title) in zip(axes[0], panels, strict=False):
-        for color, (name, log) in zip(COLORS, logs.items(), strict=False):
-            steps, values = _series(log, x, key)
-            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(steps, _smooth(values), color=color, label=printable(name), linewidth=1.6)
-            if key == "loss":
-                steps, floor = _series(log, x, "floor")
-                axis.plot(steps, _smooth(floor), color=color, linestyle="--", linewidth=1.2)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("samples seen" if x == "samples" else "step")
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.grid(alpha=0.3)
-    # One legend below: inside a panel it would hide a curve.
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=10)
-    save(figure, path)
+def fitted(text: str, inches: float, lines: int = 1) -> str:
+    """`printable(text)` in at most `lines` lines that are not longer than `inches`."""
+    for width in range(int(2 * inches / CHARACTER), 3, -1):
+        part = short(text, width) if lines == 1 else wrapped(text, width, lines)
+        if length(part) <= inches:
+            return part
+    return "…"
+
+
+def legend_below(figure: Figure, handles: list, labels: list[str]) -> None:
+    """One legend under the axes, as many entries side by side as there is room for."""
+    longest = max(map(len, labels), default=1)
+    room = int(figure.get_figwidth() / ((longest + 6) * CHARACTER))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=max(1, min(room, len(labels))),
+        frameon=False, handlelength=1.6, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def bars(
-    groups: list[str],
-    lines: dict[str, list[dict | None]],
-    chance: list[float],
-    title: str,
-    path: Path,
-) -> None:
-    """Bars with 95 % intervals. `lines`: run -> one result row (or None) per group; `chance`: the
-    level of guessing per group, percent, drawn as a dashed line across the group."""
-    figure, axes = new_figure(1, 1, (max(6.0, 2.2 * len(groups) + 1.5), 4.5))
-    axis = axes[0, 0]
-    width = 0.8 / len(lines)
-    for i, (color, (name, results)) in enumerate(zip(COLORS, lines.items(), strict=False)):
-        place = np.arange(len(groups)) - 0.4 + (i + 0.5) * width
-        value = np.array([row["value"] if row else np.nan for row in results])
-        low, high = np.array([row["ci95"] if row else [np.nan] * 2 for row in results]).T
-        axis.bar(place, value, width * 0.92, color=color, label=printable(name))
-        spread = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
-        axis.errorbar(place, value, spread, fmt="none", ecolor="#333", capsize=3, linewidth=1)
-        for x, row in zip(place, results, strict=True):
-            text, top = (f"{row['value']:.1f}", row["ci95"][1]) if row else ("—", 0)
-            style = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
-            ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-            axis.annotate(text, (x, top), (0, 3), bbox=ground, zorder=4, **style)
-    for g, level in enumerate(chance):
-        label = None if g else CHANCE
-        axis.plot([g - 0.45, g + 0.45], [level] * 2, color="k", linestyle="--", label=label)
-    axis.set_xticks(range(len(groups)), [printable_lines(group) for group in groups], fontsize=9)
-    axis.set_ylabel("percent, with 95 % interval")
-    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    axis.set_title(title, fontsize=11)
-    axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axis.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i] == CHANCE)
-    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    save(figure, path)
+    groups: list[str], lines: dict[str, list[dict | None]], chance: list[float], title: str
+) -> Figure:
+    """Bars with 95 % intervals, one block for each group, one bar in it for each run.
 
-
-def printable_lines(text: str) -> str:
-    """`printable` for each line of a text with line breaks."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
-def confusion(panels: list[tuple[str, list[str], np.ndarray]], path: Path) -> None:
-    """Confusion matrices: (title, K class names, counts (K, K) with the truth in rows), shown as
-    percent of each row, one below the other."""
-    side = [0.26 * len(names) + 2.2 for _, names, _ in panels]
-    figure, axes = new_figure(len(panels), 1, (max(side), sum(side)))
-    for axis, (title, names, counts) in zip(axes[:, 0], panels, strict=True):
-        share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
-        labels = [printable(name) for name in names]
-        totals = counts.sum(axis=1)
-        axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=8)
-        rows = [f"{label} ({total})" for label, total in zip(labels, totals, strict=True)]
-        axis.set_yticks(range(len(names)), rows, fontsize=8)
-        for i, j in zip(*np.nonzero(share >= 10), strict=True):
-            color = "white" if share[i, j] > 55 else "black"
-            axis.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=6, color=color)
-        axis.set_xlabel("predicted")
-        axis.set_ylabel("true (number of samples)")
-        axis.set_title(title, fontsize=11)
-    save(figure, path)
-
-
-def _picture(axis: Axes, image, color: str | None = None) -> None:
-    axis.imshow(image)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set(color=color or "#bbb", linewidth=4 if color else 1)
-
-
-def retrieval_grid(
-    by_text: list[tuple[str, list[tuple]]],
-    by_image: list[tuple[object, list[tuple[str, bool]]]],
-    title: str,
-    path: Path,
-) -> None:
-    """Top: caption -> best images, (image, is a positive) each. Bottom: image -> best captions,
-    (caption, is a positive) each. Right answers are green and ticked, wrong ones red and crossed.
+    Args:
+        groups: head of each block. lines: run -> one result row, or None, for each group.
+        chance: the level of guessing of each group, percent, a dashed line across its bars.
     """
-    best = len(by_text[0][1])
-    rows = len(by_text) + len(by_image)
-    figure, axes = new_figure(rows, best + 1, (2.0 * (best + 1.5), 1.9 * rows))
-    for line, (caption, found) in zip(axes, by_text, strict=False):
-        line[0].axis("off")
-        line[0].text(0.5, 0.5, wrapped(caption, 20, 6), ha="center", va="center", fontsize=10)
-        for axis, (image, right) in zip(line[1:], found, strict=True):
-            _picture(axis, image, RIGHT if right else WRONG)
-            axis.set_xlabel("✓" if right else "✗", color=RIGHT if right else WRONG, fontsize=12)
-    for line, (image, found) in zip(axes[len(by_text) :], by_image, strict=True):
-        _picture(line[0], image)
-        for axis in line[1:]:
-            axis.axis("off")
-        for i, (caption, right) in enumerate(found):
-            line[1].text(
-                0.05,
-                0.9 - 0.2 * i,
-                f"{'✓' if right else '✗'} {wrapped(caption, 85, 1)}",
-                color=RIGHT if right else WRONG,
-                fontsize=10,
-                va="center",
-                transform=line[1].transAxes,
-                in_layout=False,  # it reaches over the empty cells to its right
-            )
-    figure.suptitle(title, fontsize=11)
-    save(figure, path)
+    each, gap = 1.5 * LINE, 3.2 * LINE  # inches of a bar, and of a head with what is around it
+    height = len(groups) * (len(lines) * each + gap) + 6 * LINE
+    figure, axes = new_figure(1, 1, (palette.WIDTH, height))
+    axis, place, ticks = axes[0, 0], 0.0, []
+    for g, (group, level) in enumerate(zip(groups, chance, strict=True)):
+        place += gap / each
+        _head(axis, group, place - 0.62)
+        top = place - 0.5
+        for i, (name, results) in enumerate(lines.items()):
+            if results[g] is None:
+                style = {"textcoords": "offset points", "va": "center"}
+                axis.annotate("— not evaluated", (level, place), (4, 0), **style)
+            else:
+                _bar(axis, results[g], place, palette.look(i)[0])
+            ticks.append((place, short(name, 18)))
+            place += 1
+        axis.plot([level] * 2, [top, place - 0.5], color=palette.DARK, linestyle="--", label=CHANCE)
+    axis.set_yticks(*zip(*ticks, strict=True))
+    axis.tick_params(axis="y", length=0)
+    axis.set_ylim(place - 0.4, gap / each - 1.9)
+    axis.set_xlim(0, 1.12 * axis.get_xlim()[1])
+    axis.set_xlabel("percent, with 95 % interval")
+    figure.suptitle(wrapped(title, 60, 2), fontweight="bold")
+    legend_below(figure, axis.get_lines()[-1:], [CHANCE])
+    return figure
+
+
+def _head(axis: Axes, text: str, place: float) -> None:
+    """What a block of bars measures, from its left edge on: the first line in bold."""
+    name, _, rest = text.partition("\n")
+    style = {"textcoords": "offset points", "annotation_clip": False, "va": "bottom"}
+    edge = axis.get_yaxis_transform()
+    axis.annotate(printable(name), (0, place), (3, 10), xycoords=edge, weight="bold", **style)
+    axis.annotate(printable(rest), (0, place), (3, 0), xycoords=edge, **style)
+
+
+def _bar(axis: Axes, row: dict, place: float, color: str) -> None:
+    """One result, its interval where it has one, and its number."""
+    value, (low, high) = row["value"], row["ci95"] or [row["value"]] * 2
+    axis.barh(place, value, 0.8, color=color)
+    if row["ci95"]:
+        reach = np.maximum([[value - low], [high - value]], 0)
+        axis.errorbar(value, place, xerr=reach, fmt="none", ecolor="#333", capsize=3, linewidth=1)
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    axis.annotate(
+        f"{value:.1f}", (max(value, high), place), (4, 0), textcoords="offset points",
+        va="center", bbox=ground, zorder=4,
+    )  # fmt: skip

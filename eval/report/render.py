@@ -1,12 +1,13 @@
 """One table in five formats. A table is `table.Table`."""
 
+import base64
 import csv as csv_module
 import html as html_module
 import io
 from itertools import groupby
 from pathlib import Path
 
-from eval.report import render_names
+from eval.report import palette, render_names
 from eval.report.table import Column, Line, Table
 
 EMPTY = "—"
@@ -98,34 +99,38 @@ def tex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
+# Of a line of `csv`: keys of a result row, which stand there as they are, and what is made of them.
+KEYS = (
+    "run", "config_name", "checkpoint_hash", "step", "samples_seen", "dataset", "split", "task",
+    "metric", "n", "classes", "value",
+)  # fmt: skip
+LAST_KEYS = ("protocol", "recipe", "prompt_digest", "training_git", "git_hash", "date")
+
+
 def csv(table: Table) -> str:
-    """Comma-separated: per column the value and both ends of its interval, unrounded."""
+    """Comma-separated, a line for each number, unrounded, with the names of the result rows;
+    `measure` is what the other formats call task and metric, `low` and `high` are the interval.
+    A cell without a result has no line."""
     out = io.StringIO()
     writer = csv_module.writer(out, lineterminator="\n")
-    heads = [" ".join(filter(None, header(column))) for column in table.columns]
-    titles = [f"{head}{end}" for head in heads for end in ("", " low", " high")]
-    writer.writerow(["run", "config", *titles])
-    for line in table.lines:
-        values: list = []
-        for column in table.columns:
-            row = line.cells.get(column)
-            values += [row["value"], *(row["ci95"] or ["", ""])] if row else ["", "", ""]
-        writer.writerow([line.label, line.config_name, *values])
+    writer.writerow([*KEYS, "low", "high", "measure", *LAST_KEYS])
+    for column in table.columns:
+        for row in (line.cells[column] for line in table.lines if column in line.cells):
+            first, last = ([row.get(key) for key in keys] for keys in (KEYS, LAST_KEYS))
+            writer.writerow([*first, *(row["ci95"] or [None, None]), header(column)[1], *last])
     return out.getvalue()
 
 
 def html_table(table: Table) -> str:
-    """The <table> with its notes; a click on a head sorts (script in `html`)."""
+    """The <table> with its notes, a line per measure and a column per run as in `md`; a click on a
+    head sorts (script in `page`)."""
     escape = html_module.escape
-    heads = "".join(
-        f"<th>{'<br>'.join(map(escape, filter(None, header(column))))}</th>"
-        for column in table.columns
-    )
+    heads = "".join(f"<th>{escape(name(line))}</th>" for line in table.lines)
     body = []
-    for line in table.lines:
-        cells = [f"<th>{escape(name(line))}</th>"]
-        for column in table.columns:
-            row = line.cells.get(column)
+    for column in table.columns:
+        dataset, measure, samples = map(escape, header(column))
+        cells = [f"<th>{dataset}<br>{measure}<br><small>{samples}</small></th>"]
+        for row in (line.cells.get(column) for line in table.lines):
             if row is None:
                 cells.append(f'<td data-value="">{EMPTY}</td>')
                 continue
@@ -139,31 +144,59 @@ def html_table(table: Table) -> str:
     if table.commands:
         fill = f"<p>{FILL}</p><pre>{escape(chr(10).join(table.commands))}</pre>"
     return (
-        f'<div class="scroll"><table><thead><tr><th>run</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div><ul>{notes}</ul>{fill}"
+        '<div class="scroll"><table class="wraps results"><thead><tr><th>measure</th>'
+        f"{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div><ul>{notes}</ul>{fill}"
     )
+
+
+def html_facts(heads: list[str], facts: dict[str, list[str]]) -> str:
+    """A <table> of texts: `heads` of its columns, and a line of texts for each fact."""
+    escape = html_module.escape
+    columns = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    body = "".join(
+        f"<tr><th>{escape(fact)}</th>{''.join(f'<td>{escape(text)}</td>' for text in texts)}</tr>"
+        for fact, texts in facts.items()
+    )
+    return (
+        f'<div class="scroll"><table class="wraps facts"><thead><tr><th></th>{columns}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def picture(path: Path, caption: str) -> str:
+    """An <img> that holds the PNG file itself, as large as it was drawn, or as the page is wide."""
+    data = path.read_bytes()
+    width = int.from_bytes(data[16:20], "big") // palette.DENSITY  # of the file's first chunk
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return f'<img alt="{html_module.escape(caption)}" width="{width}" src="{source}">'
 
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;padding:1rem;max-width:70rem;color:#222}
-h1{font-size:1.4rem}img{width:100%;min-width:44rem;height:auto}.scroll{overflow-x:auto}
+h1{font-size:1.4rem}h2{font-size:1.1rem}img{max-width:100%;height:auto}.scroll{overflow-x:auto}
+figure{margin:0;max-width:100%}.pictures{display:flex;flex-wrap:wrap;gap:1rem 2rem}
 table{border-collapse:collapse;font-size:.85rem}th,td{padding:.4rem .6rem;border-bottom:1px solid
 #ddd;text-align:right;white-space:nowrap}thead th{cursor:pointer;vertical-align:bottom;
 background:#f4f4f4}tr>:first-child{text-align:left;position:sticky;left:0;background:#f4f4f4}
-small,li{color:#555}li{font-size:.85rem}pre{overflow-x:auto;background:#f4f4f4;padding:.6rem}
-.paper thead th{white-space:normal;min-width:4.5rem}.paper tr>:first-child{white-space:normal;
+small,li{color:#555}li{font-size:.85rem;overflow-wrap:anywhere}
+pre{overflow-x:auto;background:#f4f4f4;padding:.6rem}
+.wraps thead th{white-space:normal;min-width:4.5rem}.wraps tr>:first-child{white-space:normal;
 min-width:8rem;max-width:11rem;border-right:1px solid #ccc}td.published{color:#555}
+.results td small{display:block}.results thead th,.facts td{overflow-wrap:anywhere}
+.facts td{white-space:normal;min-width:5rem}.facts thead th{cursor:default}
 td.ours{font-weight:600;border-left:1px solid #ccc}
+@media(min-width:50rem){.results tr>:first-child{max-width:none;white-space:nowrap}}
 .up::after{content:" ▲"}.down::after{content:" ▼"}
 """
 SORT = """
-document.querySelectorAll("thead th").forEach((th, i) => th.onclick = () => {
-  const body = th.closest("table").tBodies[0], up = th.className === "down";
+document.querySelectorAll("table:not(.facts) thead th").forEach(th => th.onclick = () => {
+  const table = th.closest("table"), body = table.tBodies[0], i = th.cellIndex;
+  const up = th.className === "down";
   const key = tr => i ? tr.cells[i].dataset.value : tr.cells[i].textContent;
   const compare = (a, b) => i ? a - b : a.localeCompare(b);
   body.append(...[...body.rows].sort((a, b) =>
     (key(a) === "") - (key(b) === "") || (up ? 1 : -1) * compare(key(a), key(b))));
-  document.querySelectorAll("thead th").forEach(other => other.className = "");
+  table.querySelectorAll("thead th").forEach(other => other.className = "");
   th.className = up ? "up" : "down";
 });
 """
@@ -195,7 +228,7 @@ def png(table: Table, path: Path) -> None:
     for axis, columns in zip(axes[:, 0], panels, strict=True):
         axis.axis("off")
         title = f"{columns[0].dataset}, {render_names.task_name(columns[0].task)}"
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axis.set_title(title, loc="left", fontweight="bold")
         drawn = axis.table(
             [[cell(line, column) for column in columns] for line in table.lines],
             rowLabels=[name(line) for line in table.lines],
@@ -208,5 +241,5 @@ def png(table: Table, path: Path) -> None:
         )
         drawn.auto_set_font_size(False)
         drawn.set_fontsize(8)
-    figure.suptitle(table.title, fontsize=11)
+    figure.suptitle(table.title)
     save(figure, path)

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.report import render_paper
+from eval.report.palette import BLUE, GREYS
 from eval.report.paper_tables import Cell, Column, PaperTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PER_LINE = 4
-OURS, PUBLISHED, GREYS = "ours", "published", ("#8c959f", "#afb8c1", "#d0d7de")
-BLUE = "#0969da"
+OURS, PUBLISHED = "ours", "published"
 
 
 def png(table: PaperTable, path: Path) -> None:
@@ -33,19 +33,17 @@ def png(table: PaperTable, path: Path) -> None:
             axis.axis("off")
             continue
         _panel(axis, table, table.columns[i], [row.cells[i] for row in table.rows])
-        axis.set_yticks(range(len(names)), names if i % columns == 0 else [], fontsize=8)
+        axis.set_yticks(range(len(names)), names if i % columns == 0 else [])
     handles: dict[str, object] = {}
     for axis in axes.flat:
         found, labels = axis.get_legend_handles_labels()
         handles = dict(zip(labels, found, strict=True)) | handles
     order = sorted(handles, key=lambda label: label != OURS)
-    figure.legend(
-        [handles[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=9
-    )
+    figure.legend([handles[label] for label in order], order, loc="outside lower center", ncols=4)
     notes = render_paper.signs(table)
     title = [wrapped(table.title, 30 * columns + 20, 2)]
     title += [wrapped(printable(line), 36 * columns + 24, 3) for line in notes]
-    figure.suptitle("\n".join(title), fontsize=9)
+    figure.suptitle("\n".join(title))
     save(figure, path)
 
 
@@ -63,14 +61,16 @@ def _panel(axis: "Axes", table: PaperTable, column: Column, cells: list[Cell]) -
         bars = bars or [(PUBLISHED, "none", None, render_paper.published(table, cell, places))]
         top = row - height * (len(bars) - 1) / 2
         for k, (kind, color, value, text) in enumerate(bars):
+            if value is None and kind == OURS and cell.applies:
+                text += " ours: no result yet"
             if value is not None:
                 axis.barh(top + k * height, value, height * 0.9, color=color, label=kind)
             axis.annotate(
                 text, (value or 0, top + k * height), (3, 0), textcoords="offset points",
-                va="center", fontsize=7.5, fontweight="bold" if kind == OURS else "normal",
+                va="center", fontweight="bold" if kind == OURS else "normal",
             )  # fmt: skip
     axis.set_ylim(len(cells) - 0.5, -0.5)
     axis.set_xlim(0, 1.25 * axis.get_xlim()[1])
-    axis.set_title(column.title, fontsize=9, loc="left")
+    axis.set_title(column.title, loc="left")
     axis.set_xticks([])  # every bar has its number
-    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.spines["bottom"].set_visible(False)

@@ -1,6 +1,7 @@
 """Names of tasks and metrics for people, and the commands behind them."""
 
 import re
+import shlex
 from pathlib import Path
 
 from eval.sources.registry import REPOSITORY, Registry
@@ -65,10 +66,18 @@ def _short(path: Path) -> Path:
     return path.relative_to(REPOSITORY) if inside else path
 
 
-def command(task: str, checkpoint: str, names: list[str], output: Path, registry: Registry) -> str:
-    """What makes the result rows of `task` on the sets or collections `names`."""
+def command(
+    task: str,
+    checkpoint: str,
+    names: list[str],
+    output: Path,
+    registry: Registry,
+    typed: list[str] | None = None,
+) -> str:
+    """What makes the result rows of `task` on the sets or collections `names`; `typed` are the
+    arguments that name a set of none of the registry's."""
     name, shots = _shots(task)
-    where = f"--datasets {' '.join(names)}"
+    where = shlex.join(typed or ["--datasets", *names])
     if name == "detection":
         row = registry.datasets[names[0]]
         where = f"--train {_short(row.folder('train'))} --val {_short(row.folder('test'))}"

@@ -199,7 +199,7 @@ def html(table: PaperTable) -> str:
     corner = escape(", ".join(FACTS[key] for key in keys))
     return render.page(
         table.title,
-        f'<h1>{escape(table.title)}</h1><div class="scroll"><table class="paper"><thead><tr>'
+        f'<h1>{escape(table.title)}</h1><div class="scroll"><table class="wraps"><thead><tr>'
         f"<th>{corner}</th>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         f"<ul>{notes}</ul>{fill}",
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from eval.sources.class_texts import normalise
 from loaders import views
 from loaders.errors import DataError
 
 PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
 class Source:
@@ -70,11 +69,6 @@ def files_hash(folder: Path) -> str:
         for path in files
     ]
     return hashlib.sha256(json.dumps([str(folder.resolve()), facts]).encode()).hexdigest()
-
-
-def normalise(name: str) -> str:
-    """A class name without case, spaces and punctuation."""
-    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eval.sources.presence import TEST_ONLY
 from eval.sources.registry import EvalDataset
 from eval.sources.splits import EvalSplit
 from loaders.errors import DataError
@@ -32,6 +33,26 @@ class CommonClasses:
     def multilabel(self) -> bool:
         """Whether an image may have several labels."""
         return any(target.ndim == 2 for target in self.targets.values())
+
+
+def open_sets(chosen: Sequence[tuple[str, EvalDataset]]) -> None:
+    """Open what tasks read of their sets: what is wrong with one must be said before a model is
+    built. No image is decoded, so the crop does not matter.
+
+    Args:
+        chosen: (task, row) pairs; a task that is none of `TEST_ONLY` fits on the split `train`.
+
+    Raises DataError as `open_splits`, and for a first sample without a caption in retrieval.
+    """
+    for task, row in chosen:
+        if task not in TEST_ONLY:
+            open_splits(row, ("train",), crop=1)
+            continue
+        split = EvalSplit(row, "test", crop=1)
+        if task == "zero_shot":
+            split.class_names()
+        elif len(split):
+            split.texts(0)
 
 
 def open_splits(
@@ -78,6 +99,7 @@ def meet(splits: dict[str, EvalSplit], fitted: Sequence[str]) -> CommonClasses:
         targets = {name: _among(split, test_ids) for name, split in splits.items()}
         return CommonClasses(test_names, targets)
     of_split = {name: split.occurring_classes() for name, split in splits.items()}
+    test_names = of_split["test"][1]
     names = list(dict.fromkeys(name for split in fitted for name in of_split[split][1]))
     untrained = [name for name in test_names if name not in set(names)]
     if untrained:

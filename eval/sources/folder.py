@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.sources.base import IMAGE_SUFFIXES, Source, decode_file, files_hash
-from eval.sources.presence import class_folders
+from eval.sources.base import Source, decode_file, files_hash
+from eval.sources.presence import class_folders, image_files
 from loaders.errors import DataError
 
 
@@ -19,10 +19,10 @@ class FolderSource(Source):
         self._files: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(self.names):
-            found = [p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
+            found, _ = image_files(folder / name)
             if not found:
                 raise DataError(f"{folder / name}: the class folder holds no image")
-            self._files += sorted(found)
+            self._files += found
             labels += [label] * len(found)
         if not labels:
             raise DataError(f"{folder}: no class folders with images")

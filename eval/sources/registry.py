@@ -1,27 +1,46 @@
 """The rows of `datasets.yaml`: which sets there are, where they lie, and under which protocol."""
 
+import dataclasses
 import difflib
+import json
 import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+from eval.sources import registry_file
+from eval.sources.class_texts import GivenNames
 from loaders import specs, texts
 from loaders.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REGISTRY = Path(__file__).resolve().parents[1] / "datasets.yaml"
 DATA_ROOT = "UNICL_EVAL_DATA"  # environment variable, as --data-root
-KINDS = ("auto", "shards", "webdataset", "huggingface", "folder")
+# Fields of a row that no file states.
+INTERNAL = {"name", "root", "base", "obtain_split", "origin", "class_names", "templates_from"}
 
 
 def default_root() -> Path:
     """Where benchmark sets lie: $UNICL_EVAL_DATA, else data/eval of the repository."""
     given = os.environ.get(DATA_ROOT)
     return Path(specs.local(given)) if given else REPOSITORY / "data" / "eval"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row comes from that is none of `eval/datasets.yaml`, as its results say it.
+
+    Attributes:
+        facts: the key `set` of its result rows.
+        protocol: joined to the protocol of every result.
+        prompts: the same where class texts were used, in the place of `protocol`.
+    """
+
+    facts: Mapping[str, Any]
+    protocol: str
+    prompts: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +66,20 @@ class EvalDataset:
     protocol: str | None = None
     protocols: Mapping[str, dict] = field(default_factory=dict)
     note: str | None = None
+    all_classes: bool = False
     root: Path = field(default_factory=default_root)
+    base: Path = REPOSITORY
     obtain_split: str = ""
+    origin: Origin | None = None
+    class_names: GivenNames | None = None
+    templates_from: str = "stated in the registry"
 
     def folder(self, split: str) -> Path:
-        """Where `split` lies: its `path` from the repository root, else its `folder` (default:
-        NAME/SPLIT) from the data root."""
+        """Where `split` lies: its `path` from the repository root, or from the folder of a
+        further registry; else its `folder` (default: NAME/SPLIT) from the data root."""
         entry = self.splits[split]
         if "path" in entry:
-            return REPOSITORY / specs.local(entry["path"])
+            return self.base / specs.local(entry["path"])
         return self.root / specs.local(entry.get("folder", f"{self.name}/{split}"))
 
     def split_name(self, split: str) -> str:
@@ -98,16 +122,44 @@ class Registry:
 
         `data_root`: folder of the benchmark sets, default `default_root()`.
         """
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        self.collections: dict[str, list[str]] = content["collections"]
-        self.notes: dict[str, str] = content.get("collection_notes", {})
+        self.collections: dict[str, list[str]] = {}
+        self.notes: dict[str, str] = {}
         self.datasets: dict[str, EvalDataset] = {}
-        root = Path(data_root) if data_root else default_root()
+        self._root = Path(data_root) if data_root else default_root()
+        self._read(Path(path), REPOSITORY, further=False)
+
+    def add(self, path: Path) -> None:
+        """The rows and collections of a further file of the same form; a relative `path` of a split
+        is one from its folder.
+
+        Raises ConfigError for a file that cannot be read, a name that is taken, and a collection
+        of unknown sets; DataError as for the first file.
+        """
+        self._read(path, Path(os.path.abspath(path)).parent, further=True)
+
+    def _read(self, path: Path, base: Path, further: bool) -> None:
+        content, digest = registry_file.load(path)
+        new = {**content["collections"], **content["datasets"]}
+        if taken := sorted(new.keys() & (self.datasets.keys() | self.collections.keys())):
+            raise ConfigError(
+                f"{path}: {', '.join(taken)}: this name has a set or collection already, whose "
+                "results it would be taken for; give yours another name"
+            )
+        self.collections |= content["collections"]
+        self.notes |= content["collection_notes"]
         for name, row in content["datasets"].items():
             try:
-                self.datasets[name] = _parse_row(name, row, root)
+                parsed = _parse_row(name, row, self._root, base)
             except (TypeError, KeyError, ConfigError) as error:
                 raise DataError(f"{path}: row {name}: {error}") from None
+            if further:
+                parsed = replace(parsed, origin=_origin(path, digest, name, row))
+            self.datasets[name] = parsed
+        for name, members in self.collections.items():
+            if unknown := [member for member in members if member not in self.datasets]:
+                raise ConfigError(
+                    f"{path}: collection {name} has unknown sets: {', '.join(unknown)}"
+                )
 
     def select(self, names: list[str], task: str, protocol: str | None = None) -> list[EvalDataset]:
         """Rows of the named sets and collections that have `task`, in the registry's order.
@@ -125,7 +177,10 @@ class Registry:
             elif name not in self.datasets:
                 known = [*self.collections, *self.datasets]
                 near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-                raise ConfigError(f"unknown data set {name!r}; did you mean {near[0]}?")
+                raise ConfigError(
+                    f"unknown data set {name!r}; did you mean {near[0]}? There is no such folder "
+                    "either; a set of your own is named by the path of its folder"
+                )
             elif task not in self.datasets[name].tasks:
                 has = ", ".join(self.datasets[name].tasks)
                 raise ConfigError(f"data set {name} has no task {task}; it has {has}")
@@ -135,15 +190,33 @@ class Registry:
         return [row.with_protocol(protocol) for row in found]
 
 
-def _parse_row(name: str, row: dict, root: Path) -> EvalDataset:
-    kind = row["source"]
-    if kind not in KINDS and not kind.startswith("torchvision:"):
-        raise ConfigError(f"unknown source {kind!r}; known: {', '.join(KINDS)}, torchvision:CLASS")
-    protocols = row.get("protocols", {})
+def _origin(path: Path, digest: str, name: str, row: dict) -> Origin:
+    words = f"; row {name} of {path.name} (sha256 {digest[:8]})"
+    place = os.path.abspath(path)
+    facts = {
+        "registry": place,
+        "registry_digest": digest,
+        "row": json.loads(json.dumps(row, default=str)),
+        "arguments": ["--datasets", name, "--registry", place],
+    }
+    return Origin(facts, words, words)
+
+
+def _parse_row(name: str, row: dict, root: Path, base: Path) -> EvalDataset:
+    fields = {entry.name: entry for entry in dataclasses.fields(EvalDataset)}
+    known = fields.keys() - INTERNAL
+    missing = dataclasses.MISSING
+    needed = [
+        key
+        for key in fields
+        if key in known and fields[key].default is fields[key].default_factory is missing
+    ]
+    protocols = row.get("protocols", {}) if isinstance(row, dict) else {}
     if protocols:
         first = next(iter(protocols))
         row = {**row, **protocols[first], "protocol": first}
-    parsed = EvalDataset(name=name, root=root, **row)
+    registry_file.check(row, known, needed)
+    parsed = EvalDataset(name=name, root=root, base=base, **row)
     parsed = replace(parsed, obtain_split=parsed.obtain)
     commands = dict.fromkeys(parsed.command(split) for split in parsed.splits)
     return replace(parsed, obtain=" && ".join(commands))

@@ -21,10 +21,13 @@ class ShardSource(Source):
 
     states_ids = True
 
-    def __init__(self, folder: Path, multilabel: bool = False) -> None:
-        """Raises DataError as `manifest.open_shards` does, and for samples without labels."""
+    def __init__(self, folder: Path, multilabel: bool = False, kind: str | None = None) -> None:
+        """`kind` is that of `manifest.open_shards`: `image_text` takes labels without names too.
+
+        Raises DataError as `manifest.open_shards` does, and for samples without labels.
+        """
         self.what = str(folder)
-        self.shards = manifest.open_shards(str(folder))
+        self.shards = manifest.open_shards(str(folder), kind=kind)
         self.labels = np.asarray(self.shards.labels)
         if self.shards.classes:
             self.names = [entry.names[0].strip() for entry in self.shards.classes]
@@ -82,14 +85,14 @@ class WebdatasetSource(ShardSource):
 
     states_ids = False
 
-    def __init__(self, folder: Path, multilabel: bool = False) -> None:
+    def __init__(self, folder: Path, multilabel: bool = False, kind: str | None = None) -> None:
         """`folder` is ROOT/SPLIT. Raises DataError for several labels per image (`.npy`)."""
-        kind = _lines(folder.parent / "dataset_type.txt")
-        if multilabel or kind == ["multilabel"]:
+        stated = _lines(folder.parent / "dataset_type.txt")
+        if multilabel or stated == ["multilabel"]:
             raise DataError(
                 f"{folder}: labels in .npy files are not read; convert the set with data_prep"
             )
-        super().__init__(folder)
+        super().__init__(folder, kind=kind)
         self._root = folder
         templates = _lines(folder.parent / "zeroshot_classification_templates.txt")
         if templates:

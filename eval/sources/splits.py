@@ -30,10 +30,12 @@ def open_source(row: EvalDataset, split: str) -> Source:
         return TorchvisionSource(kind.partition(":")[2], folder, arguments)
     if kind == "auto":
         kind = recognise(folder)
+    # Names given by a person need none in the tars, which a set of labels alone must have.
+    forced = "image_text" if row.class_names else None
     if kind == "shards":
-        return ShardSource(folder, row.multilabel)
+        return ShardSource(folder, row.multilabel, forced)
     if kind == "webdataset":
-        return WebdatasetSource(folder, row.multilabel)
+        return WebdatasetSource(folder, row.multilabel, forced)
     if row.multilabel and kind is not None:
         raise DataError(f"{folder}: several labels per image are read from shards only")
     if kind == "huggingface":
@@ -70,6 +72,10 @@ class EvalSplit(Dataset):
         """
         self.row, self.split, self.crop = row, split, crop
         self.source = open_source(row, split)
+        if row.class_names:
+            folders = isinstance(self.source, FolderSource)
+            rename = row.class_names.of_folders if folders else row.class_names.of_ids
+            self.source.names = rename(self.source.names, self.source.what)
         self._table = None
         labels, self.targets = self.source.labels, self.source.targets
         if row.prompts:
@@ -149,11 +155,11 @@ class EvalSplit(Dataset):
         return f"{self.row.name}: {self.source.where(int(self.indices[i]))}"
 
     def class_names(self) -> tuple[np.ndarray, list[str]]:
-        """`occurring_classes`, which are the candidates of zero-shot.
+        """Candidates of zero-shot: `occurring_classes`, or all of the source under `all_classes`.
 
         Raises DataError also when K is not the registry's.
         """
-        ids, names = self.occurring_classes()
+        ids, names = self._named(all_of_them=self.row.all_classes)
         if self.row.classes is not None and len(ids) != self.row.classes:
             raise DataError(
                 f"{self.row.name}, split {self.split}: {len(ids)} classes occur, the registry "
@@ -167,12 +173,17 @@ class EvalSplit(Dataset):
 
         Raises DataError where a class of the source has no name, or shares it with another one.
         """
+        return self._named(all_of_them=False)
+
+    def _named(self, all_of_them: bool) -> tuple[np.ndarray, list[str]]:
         table = self._table
         if table is not None:  # its ids tell apart the two names that ImageNet has twice
             return table.candidates, [table.names[int(i)] for i in table.candidates]
         several = self.targets is not None
         ids = np.flatnonzero(self.targets.any(axis=0)) if several else np.unique(self.labels)
         names = self.source.names or []
+        if all_of_them:
+            ids = np.union1d(ids, np.arange(len(names))).astype(np.int64)
         missing = [int(i) for i in ids if not 0 <= i < len(names)]
         if missing:
             raise DataError(

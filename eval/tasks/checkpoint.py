@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import rows
-from eval.sources import common_classes
 from eval.sources.registry import EvalDataset
-from eval.sources.splits import EvalSplit
 from eval.tasks import evaluation, knn, retrieval, zero_shot
 from eval.tasks.features import Extractor
 from eval.tasks.outcome import make_rows
@@ -17,18 +15,6 @@ from models import weights
 
 TASKS = {"zero_shot": zero_shot.evaluate, "retrieval": retrieval.evaluate, "knn": knn.evaluate}
 EVALS = "evals.jsonl"
-
-
-def open_sets(chosen: Sequence[tuple[str, EvalDataset]]) -> None:
-    """Open what the tasks read of their sets: what is wrong with its classes must not wait for the
-    first checkpoint. No image is decoded, so the crop does not matter."""
-    for task, row in chosen:
-        if task == "knn":
-            common_classes.open_splits(row, ("train",), crop=1)
-            continue
-        split = EvalSplit(row, "test", crop=1)
-        if task == "zero_shot":
-            split.class_names()
 
 
 def evaluate(

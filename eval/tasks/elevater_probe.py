@@ -9,7 +9,7 @@ more axis of the weights.
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from eval.sources import common_classes
 from eval.sources.registry import EvalDataset
@@ -25,6 +24,7 @@ from eval.tasks import elevater_metrics, few_shot
 from eval.tasks.features import Extractor, finite_images, initial_head
 from eval.tasks.outcome import Outcome
 from loaders.errors import ConfigError, DataError
+from loaders.progress import Progress
 
 TASK = "linear_probe_elevater"
 LEARNING_RATES = np.logspace(-6, -1, 6)
@@ -149,9 +149,11 @@ def best_scores(
     head: Tensor,
     pairs: list[tuple[float, float]],
     metric: str,
+    tell: Callable[[int], object] = lambda trials: None,
 ) -> list[float]:
     """Highest value of `metric` on the tuning part over the epochs of a trial, for every pair of
-    learning rate and weight decay. An epoch with scores that are not finite counts as 0."""
+    learning rate and weight decay. An epoch with scores that are not finite counts as 0. `tell`
+    hears after every epoch how many trials made it."""
     held_out = torch.from_numpy(tuning).to(features.device)
     inputs, truth = features[held_out], targets[held_out].cpu().numpy()
     at_once = max(1, WEIGHTS_AT_ONCE // (head.shape[0] * (head.shape[1] + 1)))
@@ -167,6 +169,7 @@ def best_scores(
                 if np.isfinite(scores).all():
                     seen = elevater_metrics.value(metric, activate(scores, truth), truth)
                     best[trial] = max(best[trial], seen)
+            tell(len(part))
         found += best
     return found
 
@@ -196,13 +199,14 @@ def search(
     def run_trials(points: list[tuple[int, int]]) -> None:
         new = [point for point in dict.fromkeys(points) if point not in score]
         pairs = [(LEARNING_RATES[rate], WEIGHT_DECAYS[decay]) for rate, decay in new]
-        found = best_scores(features, targets, tuning, head, pairs, metric)
+        found = best_scores(features, targets, tuning, head, pairs, metric, bar.update)
         score.update(zip(new, found, strict=True))
 
     rates = range(len(LEARNING_RATES))
     coarse = range(0, last + 1, 16)
     peaks = [0] * len(LEARNING_RATES)
-    for distance in tqdm((None, 8, 4, 2, 1), desc="search", unit="round", leave=False):
+    bar = Progress(desc="search of rate and decay", unit="epoch", leave=False)
+    for distance in (None, 8, 4, 2, 1):
         tried = [
             [max(peaks[r] - distance, 0), min(peaks[r] + distance, last)] if distance else coarse
             for r in rates
@@ -212,6 +216,7 @@ def search(
             for decay in tried[r]:
                 if score[r, decay] > score[r, peaks[r]]:
                     peaks[r] = decay
+    bar.close()
     best = max(rates, key=lambda r: score[r, peaks[r]])
     return float(LEARNING_RATES[best]), float(WEIGHT_DECAYS[peaks[best]])
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from engine.launch import in_step, map_environment
 from eval import rows
+from eval.sources import common_classes
 from eval.sources.registry import EvalDataset
 from eval.tasks.features import Extractor
 from eval.tasks.outcome import Outcome, make_rows
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace, chosen: Sequence[EvalDataset], name: str, task
     A row appears as soon as it is known, so that an interrupted command loses one set at most.
     `args` are those of `eval.cli.parser`.
     """
+    common_classes.open_sets([(name, row) for row in chosen])
     for extractor in extractors(args):
         for row in chosen:
             outcome = task(extractor, row)
@@ -68,13 +70,14 @@ def run(args: argparse.Namespace, chosen: Sequence[EvalDataset], name: str, task
                     f"{result['run']}  {row.name}  {result['metric']:<17} {result['value']:6.2f}"
                     f"  [{low:.2f}, {high:.2f}]  n={result['n']}"
                 )
-            print(f"{outcome.protocol}\n-> {path}", flush=True)
+            print(f"{new[0]['protocol']}\n-> {path}", flush=True)
 
 
 def run_protocols(
     args: argparse.Namespace, chosen: Sequence[EvalDataset], task: ProtocolTask
 ) -> None:
-    """As `run`, for a task that names its rows itself."""
+    """As `run`, for a task that names its rows itself, all of which fit something."""
+    common_classes.open_sets([("linear_probe", row) for row in chosen])
     for extractor in extractors(args):
         for row in chosen:
             for name, outcome in task(extractor, row):
@@ -94,5 +97,5 @@ def store(
             f"{row['run']}  {row['dataset']}  {task}  {row['metric']}  {row['value']:6.2f}"
             f"{interval}  n={row['n']}"
         )
-    print(f"{outcome.protocol}\n-> {path}", flush=True)
+    print(f"{new[0]['protocol']}\n-> {path}", flush=True)
     return path

@@ -14,20 +14,23 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from eval import rows
 from eval.sources.splits import EvalSplit
-from loaders import tokenizers, views
 from loaders.errors import ConfigError, DataError
+from loaders.progress import Progress
 from loaders.workers import GuardedLoader
+from models import loading
 from models.config import ModelConfig
+from models.transform import Transform
 from models.weights import LoadedRun
 
 Features = dict[str, torch.Tensor]
 # Of a model with `similarity: late`; the mask belongs to texts. Both are kept as float32: 16 bits
 # would halve the file and move scores by 1e-4, enough to decide between neighbours.
 TOKENS = ("token_features", "token_mask")
+# Methods (`loss.name`) that train the image tower alone, and of it what is before the projection.
+IMAGES_ALONE = frozenset({"cross_entropy", "moco", "simclr", "supcon"})
 INITIAL_DEVIATION = 0.02  # of the weights of a random head
 
 
@@ -69,16 +72,18 @@ def encode(
         pin_memory=accelerator.device.type == "cuda",
     )
     parts: dict[str, list[torch.Tensor]] = {}
-    for batch in tqdm(loader, desc=title, unit="batch", disable=not accelerator.is_main_process):
-        output = encode_batch(batch.to(accelerator.device, non_blocking=True))
-        for name in ("feature", "pooled", *(token for token in TOKENS if token in output)):
-            # One round of all ranks is one contiguous stretch of the data set. Ranks must gather
-            # equal shapes; rows that only fill up come after the last sample.
-            values = output[name].float()
-            fill = values.new_zeros(batch_size - len(values), *values.shape[1:])
-            gathered = accelerator.gather(torch.cat([values, fill]))
-            if accelerator.is_main_process:
-                parts.setdefault(name, []).append(gathered.cpu())
+    with Progress(desc=title, unit="sample", total=n, show=accelerator.is_main_process) as bar:
+        for batch in loader:
+            output = encode_batch(batch.to(accelerator.device, non_blocking=True))
+            for name in ("feature", "pooled", *(token for token in TOKENS if token in output)):
+                # One round of all ranks is one contiguous stretch of the data set. Ranks must
+                # gather equal shapes; rows that only fill up come after the last sample.
+                values = output[name].float()
+                fill = values.new_zeros(batch_size - len(values), *values.shape[1:])
+                gathered = accelerator.gather(torch.cat([values, fill]))
+                if accelerator.is_main_process:
+                    parts.setdefault(name, []).append(gathered.cpu())
+            bar.update(min(batch_size * accelerator.num_processes, n - bar.n))
     if not accelerator.is_main_process:
         return None
     found = {name: torch.cat(kept)[:n] for name, kept in parts.items()}
@@ -116,38 +121,43 @@ def cached(
 
 @dataclass
 class Extractor:
-    """One frozen model with its tokenizer, transform constants and feature cache."""
+    """One frozen model with its tokenizer, transform and feature cache.
+
+    `method` is the run's `loss.name`, None where nothing says it. `embedding` names the one vector
+    of an image that the training compared or classified by.
+    """
 
     accelerator: Accelerator
     run: LoadedRun
-    cache: Path
+    cache: Path | None  # None: nothing is kept
     batch_size: int
     workers: int
 
     def __post_init__(self) -> None:
         config = ModelConfig.from_dict(self.run.cfg["model"])
         self.late = config.similarity == "late"
+        self.method = (self.run.cfg.get("loss") or {}).get("name")
+        self.embedding = "pooled" if self.late or self.method in IMAGES_ALONE else "feature"
         self.size = config.image.size
-        self.mean, self.std = config.image.mean, config.image.std
-        self.tokenizer = tokenizers.build(
-            config.text.tokenizer, config.text.context_length, self.size
-        )
+        self.transform = Transform.of(config)
+        self.tokenizer = loading.tokenizer(config)
         self.model = self.run.model.to(self.accelerator.device).float().eval()
 
     def images(self, split: EvalSplit) -> Features | None:
         """Image features of a split: {"feature": (n, D), "pooled": (n, W)} and perhaps TOKENS; see
         `encode`."""
+        transform = self.transform
         description = {
             "checkpoint": self.run.checkpoint_hash,
             "kind": "image",
-            "transform": [split.resize, split.crop, split.mode, self.mean, self.std],
+            "transform": [split.resize, split.crop, split.mode, transform.mean, transform.std],
             "dataset": split.content_hash,
         }
         if self.run.reference:
             description["reference"] = self.run.reference
 
         def encode_batch(images: torch.Tensor) -> Features:
-            return self.model.encode_image(views.normalize(images, self.mean, self.std))
+            return self.model.encode_image(transform.normalize(images))
 
         title = f"{split.row.name} {split.split} images"
         return self._run(description, split, encode_batch, self.workers, title)
@@ -169,7 +179,20 @@ class Extractor:
         compute = partial(
             encode, self.accelerator, dataset, encode_batch, self.batch_size, workers, title
         )
+        if self.cache is None:
+            return compute()
         return cached(self.accelerator, self.cache, description, compute)
+
+    def classes(self, names: list[str], templates: list[str]) -> tuple[Features, int]:
+        """What stands for the classes `names` when images are compared with them
+        (`eval.tasks.scores.compare`), and how many candidates in a row are one class: a vector
+        each, or, of a model that compares tokens, the prompts of each.
+
+        Every process must call it; the features are the main process's.
+        """
+        if self.late:
+            return self.prompts(names, templates), len(templates)
+        return {"feature": self.class_weights(names, templates)}, 1
 
     def class_weights(self, names: list[str], templates: list[str]) -> torch.Tensor | None:
         """Zero-shot classifier (K, D): per class the mean over templates of the normalised text

@@ -9,7 +9,6 @@ random-resized crop and flip.
 
 import argparse
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from eval.sources import common_classes
 from eval.sources.registry import EvalDataset
@@ -27,6 +25,7 @@ from eval.tasks.features import Extractor, initial_head
 from eval.tasks.outcome import Outcome
 from loaders import views
 from loaders.errors import ConfigError, NonFiniteLoss
+from loaders.progress import Progress
 from models.base import Model
 
 BATCH = 64
@@ -116,7 +115,9 @@ def train(
     wrapped.train()
     losses = []
     title = f"{data.split.row.name} fine-tuning"
-    for images, targets in tqdm(loader, desc=title, disable=not accelerator.is_main_process):
+    for images, targets in Progress(
+        loader, desc=title, unit="step", show=accelerator.is_main_process
+    ):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         loss = measure(wrapped(normalize(images)), targets)
         if not torch.isfinite(loss):
@@ -145,7 +146,7 @@ def evaluate(
     if head is None:  # every process starts from the same weights: DDP sends the main one's
         head = torch.zeros(len(names), extractor.model.embed_dim)
     model = Classifier(extractor.model, head)
-    normalize = partial(views.normalize, mean=extractor.mean, std=extractor.std)
+    normalize = extractor.transform.normalize
     data = TrainingViews(splits["train"], classes.targets["train"], args.seed)
     train(accelerator, model, data, normalize, args, extractor.workers)
     model.eval()

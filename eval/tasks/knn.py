@@ -49,8 +49,9 @@ def vote_ranks(ballot: np.ndarray, true: np.ndarray) -> np.ndarray:
 def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     """Top-1, top-5 and mean per-class recall of the vote, on the embeddings that the loss compares.
 
-    A model that compares tokens has no such embedding; there it is the feature that the linear
-    probe takes, the trunk's pooled one.
+    A model that compares tokens has no such embedding, and neither has one that was trained without
+    texts, whose projection is that of its first step; there it is the feature that the linear probe
+    takes, the trunk's pooled one.
 
     Classes of the two splits are those of `common_classes.meet`; a test image whose class has no
     training image counts as an error.
@@ -62,7 +63,7 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     reference, queries = extractor.images(train), extractor.images(test)
     if reference is None:
         return None
-    kind = "pooled" if extractor.late else "feature"
+    kind = extractor.embedding
     for features in (reference, queries):
         check_finite(features[kind].numpy(), row.name)
     labels, true, candidates = classes.targets["train"], classes.targets["test"], len(classes.names)

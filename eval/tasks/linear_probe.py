@@ -18,6 +18,7 @@ from eval.tasks import few_shot, metrics, metrics_scores
 from eval.tasks.features import Extractor, finite_images
 from eval.tasks.outcome import Outcome
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 # Inverse regularisation strengths: 97 points, 8 per decade, as wide as the CLIP paper's search.
 C_GRID = np.logspace(-6, 6, 97)
@@ -63,6 +64,7 @@ def search_c(
     """
     held_out = validation_mask(labels) if held_out is None else held_out
     score: dict[int, float] = {}
+    bar = Progress(desc="search of C", unit="fit", leave=False)
 
     def best_of(points) -> int:
         for point in points:
@@ -72,11 +74,13 @@ def search_c(
                     model = probe(C_GRID[point], standardise)
                     model.fit(features[~held_out], labels[~held_out])
                 score[point] = model.score(features[held_out], labels[held_out])
+                bar.update()
         return max(sorted(score), key=score.__getitem__)
 
     best = best_of(range(0, len(C_GRID), 16))
     for distance in (8, 4, 2, 1):
         best = best_of((best - distance, best + distance))
+    bar.close()
     return float(C_GRID[best])
 
 

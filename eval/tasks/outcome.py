@@ -42,10 +42,13 @@ def samples_seen(run: LoadedRun) -> int | None:
 
 def make_rows(run: LoadedRun, dataset: EvalDataset, task: str, outcome: Outcome) -> list[dict]:
     """One row per metric that the registry names for this task, in its order."""
-    metrics = outcome.metrics
+    metrics, origin = outcome.metrics, dataset.origin
+    protocol = outcome.protocol
+    if origin:
+        protocol += origin.protocol if outcome.digest is None else origin.prompts
     common = {
         "task": task,
-        "protocol": outcome.protocol,
+        "protocol": protocol,
         "checkpoint_hash": run.checkpoint_hash,
         "step": run.step,
         "samples_seen": samples_seen(run),
@@ -57,6 +60,7 @@ def make_rows(run: LoadedRun, dataset: EvalDataset, task: str, outcome: Outcome)
         "git_hash": rows.git_hash(),
         "training_git": training_git(run),
         **({"reference": run.reference} if run.reference else {}),
+        **({"set": dict(origin.facts)} if origin else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return [

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from loaders import tokenizers, views
 from loaders.decoders import BadImage, decoder
 from loaders.errors import ConfigError, DataError
 from loaders.manifest import MissingMember, ShardSet
+from loaders.progress import Progress
 from loaders.texts import BadText, read_captions
 from loaders.workers import GuardedLoader
 from models import reference_folder, weights
@@ -211,7 +211,9 @@ def _encoded(
         collate_fn=list,
         generator=torch.Generator(),
     )
-    for batch in tqdm(loader, desc="encoding", unit="batch"):
+    bar = Progress(desc="encoding", unit="sample", total=len(dataset))
+    for batch in loader:
+        bar.update(len(batch))
         left_out.update(item for item in batch if isinstance(item, str))
         good = [item for item in batch if not isinstance(item, str)]
         if not good:
@@ -222,3 +224,4 @@ def _encoded(
         pooled = tower(images)[0], text.tower(ids)[0]
         rows = (F.normalize(part.float(), dim=-1).half().cpu() for part in pooled)
         yield *rows, list(samples)
+    bar.close()

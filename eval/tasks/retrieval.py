@@ -10,6 +10,18 @@ from eval.tasks.outcome import Outcome
 from eval.tasks.scores import compare
 
 
+def pairs(split: EvalSplit) -> tuple[list[str], np.ndarray, np.ndarray, str]:
+    """Captions of a split, which image and which caption form each pair, (pairs,) int64 each, and
+    what the captions are, in words; see `evaluate`."""
+    limit = split.row.captions_per_image
+    if limit is None:
+        captions, text_of_image = split.distinct_texts()
+        return captions, np.arange(len(split)), text_of_image, "distinct captions"
+    captions, pair_image = split.captions()
+    kind = "captions (all)" if limit == "all" else f"captions (the first {limit} of each)"
+    return captions, pair_image, np.arange(len(captions)), kind
+
+
 def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     """R@1, R@5, R@10 in both directions over all images and captions of the split.
 
@@ -18,15 +30,7 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
     caption of several images is found when any of them is.
     """
     split = EvalSplit(row, "test", extractor.size)
-    if row.captions_per_image is None:
-        captions, text_of_image = split.distinct_texts()
-        pair_image, pair_text = np.arange(len(split)), text_of_image
-        kind = "distinct captions"
-    else:
-        captions, pair_image = split.captions()
-        pair_text = np.arange(len(captions))
-        limit = row.captions_per_image
-        kind = "captions (all)" if limit == "all" else f"captions (the first {limit} of each)"
+    captions, pair_image, pair_text, kind = pairs(split)
     texts = extractor.texts(captions, f"{row.name} captions")
     images = extractor.images(split)
     if images is None:

@@ -26,11 +26,8 @@ def class_scores(
     """Scores of n images for K classes, class ids (K,) and class texts (K). None off the main
     process; every process must call it."""
     ids, names = split.class_names()
-    class_texts, templates, each = split.row.class_texts(names), split.templates(), 1
-    if extractor.late:
-        classes, each = extractor.prompts(class_texts, templates), len(templates)
-    else:
-        classes = {"feature": extractor.class_weights(class_texts, templates)}
+    class_texts = split.row.class_texts(names)
+    classes, each = extractor.classes(class_texts, split.templates())
     images = extractor.images(split)
     if images is None:
         return None
@@ -101,9 +98,10 @@ def evaluate(extractor: Extractor, row: EvalDataset) -> Outcome | None:
 def _describe(split: EvalSplit, classes: int, templates: int, late: bool) -> str:
     """The protocol in words; equal words are equal protocols."""
     row = split.row
-    of = f"classes of prompts/{row.prompts}" if row.prompts else "classes of the split"
+    of = "classes of the set" if row.all_classes else "classes of the split"
+    of = f"classes of prompts/{row.prompts}" if row.prompts else of
     named = {"prompts": row.prompts, "source": "the source's own"}
-    which = "stated in the registry"
+    which = row.templates_from
     if isinstance(row.templates, str):
         which = named.get(row.templates, row.templates)
     mean = "normalised prompt features"

@@ -24,7 +24,7 @@ from transformers import (
 
 from loaders import tokenizers
 from loaders.errors import ConfigError
-from models.formats import timm_image, writing
+from models.formats import load_lines, timm_image, writing
 from models.loaded_run import LoadedRun
 
 # tanh(x) = x - x^3/3 + ...: at this scale the identity to float32 precision for |x| < 20. A power
@@ -67,7 +67,7 @@ def write(run: LoadedRun, folder: Path) -> str:
     dual.save_pretrained(folder)
     _write_processor(run, folder)
     _require_same(run, folder)
-    return f'transformers.VisionTextDualEncoderModel.from_pretrained("{folder}")'
+    return load_lines.hf(folder)
 
 
 def _write_processor(run: LoadedRun, folder: Path) -> None:

@@ -20,8 +20,8 @@ from transformers.activations import ACT2FN
 
 import models
 from loaders.errors import ConfigError, DataError
-from models.formats import open_clip_config, open_clip_weights, timm_image, writing
-from models.formats.open_clip_config import CONFIG_FILE, LOCAL_PREFIX
+from models.formats import load_lines, open_clip_config, open_clip_weights, timm_image, writing
+from models.formats.open_clip_config import CONFIG_FILE
 from models.loaded_run import LoadedRun
 from models.two_tower import TwoTower
 
@@ -119,11 +119,8 @@ def write(run: LoadedRun, folder: Path) -> str:
     save_file(writing.contiguous(state), folder / WEIGHTS_FILE, {"format": "pt"})
     writing.write_json(folder / CONFIG_FILE, content)
     bound = str(folder.resolve()) in json.dumps(content)
-    return f'open_clip.create_model_and_transforms("{LOCAL_PREFIX}{folder}")' + (
-        f"\n{CONFIG_FILE} holds this folder's absolute path: rewrite it after moving"
-        if bound
-        else ""
-    )
+    moved = f"\n# {CONFIG_FILE} holds this folder's absolute path: rewrite it after moving"
+    return load_lines.open_clip(folder) + (moved if bound else "")
 
 
 def _trunk_state(run: LoadedRun, name: str) -> dict[str, Tensor]:

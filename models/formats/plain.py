@@ -18,7 +18,7 @@ import models
 from loaders.errors import ConfigError, DataError
 from models.base import Model
 from models.config import INTERPOLATION, ModelConfig
-from models.formats import writing
+from models.formats import load_lines, writing
 from models.formats.weight_files import EXPORT_KEYS, EXPORT_METADATA
 from models.loaded_run import LoadedRun
 from models.provenance import training_git
@@ -28,7 +28,7 @@ def write_pt(run: LoadedRun, folder: Path) -> str:
     """FOLDER/<run>.pt: `state_dict`, `config`, `step`, `tokenizer`, `image`; see `facts`."""
     path = folder / f"{run.name}.pt"
     torch.save({"state_dict": run.model.state_dict(), **facts(run)}, path)
-    return f'torch.load("{path}", weights_only=True)'
+    return load_lines.ours(path)
 
 
 def write_safetensors(run: LoadedRun, folder: Path) -> str:
@@ -37,7 +37,7 @@ def write_safetensors(run: LoadedRun, folder: Path) -> str:
     state, text = writing.contiguous(run.model.state_dict()), json.dumps(facts(run))
     save_file(state, path, {"format": "pt", EXPORT_METADATA: text})
     writing.write_json(folder / "config.json", facts(run))
-    return f'safetensors.torch.load_file("{path}")'
+    return load_lines.ours(folder)
 
 
 def facts(run: LoadedRun) -> dict[str, Any]:

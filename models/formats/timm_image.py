@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from models.config import INTERPOLATION
-from models.formats import writing
+from models.formats import load_lines, writing
 from models.loaded_run import LoadedRun
 
 
@@ -27,7 +27,7 @@ def write(run: LoadedRun, folder: Path) -> str:
     save(run, folder)
     name = f"local-dir:{folder}"
     require_same_images(run, timm.create_model(name, pretrained=True), "timm")
-    return f'timm.create_model("{name}", pretrained=True, num_classes=0)'
+    return load_lines.timm(folder)
 
 
 def save(run: LoadedRun, folder: Path) -> None:

@@ -8,13 +8,11 @@ import os
 import random
 import signal
 import tarfile
-import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tqdm import tqdm
 
 from data_prep.archives import image_table
 from data_prep.archives.nested_tar import index, open_images
@@ -383,7 +381,6 @@ def test_a_kill_while_indexing_leaves_no_half_index(tmp_path):
     for delay in random.Random(0).sample(range(20), 8):
         child = os.fork()
         if child == 0:
-            tqdm.set_lock(threading.RLock())  # the usual one is shared with this process
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             signal.setitimer(signal.ITIMER_REAL, 0.0002 * (delay + 1))
             open_images(source, out)

@@ -1,13 +1,17 @@
 """Every scalar that a method returns is logged, as the mean over ranks and the window."""
 
 import json
+import math
 import os
+import re
 from collections import defaultdict
+from datetime import datetime
 
 import pytest
 import torch
 
-from engine.meter import TAKEN
+from engine.log import format_line
+from engine.meter import TAKEN, Meter
 from losses import multitask
 from tests import multiprocess
 from tests.commands import CONFIG, ROOT
@@ -91,8 +95,15 @@ def found(tmp_path_factory):
 
 
 def lines(folder):
-    """Of metrics.jsonl, without what a clock says."""
-    timed = ("time", "samples_per_second", "data_seconds", "eta_seconds", "data_share")
+    """Of metrics.jsonl, without what a clock or the machine says."""
+    timed = (
+        "time",
+        "samples_per_second",
+        "data_seconds",
+        "eta_seconds",
+        "data_share",
+        "memory_gb",
+    )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k not in timed} for record in records]
 
@@ -110,8 +121,36 @@ def test_terms_and_scalars_are_means_over_ranks_and_window(found):
         assert record.keys() <= {*TAKEN, *ranks[0]["seen"]}
         terms = record["classification_loss"] + record["contrastive_loss"]
         assert terms == pytest.approx(record["loss"], rel=1e-6)
-        words = f"classification_loss {record['classification_loss']:.4f} | contrastive_loss "
-        assert words in (folder / "whole" / "log.txt").read_text()
+
+
+def test_the_line_of_a_record_is_short_and_starts_with_the_clock(found):
+    """One log for console and log.txt; what a line leaves out is in metrics.jsonl."""
+    folder, _ = found
+    said = (folder / "whole" / "log.txt").read_text().splitlines()
+    said = [line for line in said if " step " in line]
+    assert len(said) == 3
+    for line, record in zip(said, lines(folder / "whole"), strict=True):
+        clock, rest = line.split(" ", 1)
+        assert datetime.fromisoformat(clock)
+        assert record["floor"] == 0  # this method has none, so none is shown
+        words = f"step {record['step']}/7, loss {record['loss']:.4f}"
+        assert rest.startswith(f"{words}, lr {record['lr']:.2e}, ")
+    assert re.search(r", [1-9]\d* samples/s, ETA \d+:\d\d, \d+\.\d GB$", said[1])
+
+
+def test_the_longest_line_is_short_too():
+    record = {"step": 123_456, "loss": 12.34567, "floor": 10.12345, "lr": 1.2345e-4}
+    record |= {"samples_per_second": 123_456.7, "eta_seconds": 999 * 3600 + 59 * 60, "extra": 1.0}
+    record |= {"memory_gb": 123.4}
+    words = (
+        "step 123456/999999, loss 12.346 (floor 10.12), lr 1.23e-04, 123457 samples/s, "
+        "ETA 999:59:00, 123 GB"
+    )
+    assert format_line(record, 999_999) == words
+    assert len(f"2026-01-01T00:00:00 {words}") < 120
+    record |= {"loss": math.nan, "floor": 0.0, "samples_per_second": 3.2e7, "memory_gb": 0.52}
+    assert "loss nan, lr" in format_line(record, 999_999)
+    assert format_line(record, 999_999).endswith("3.2e+07 samples/s, ETA 999:59:00, 0.5 GB")
 
 
 def test_a_run_killed_inside_a_window_logs_the_same_scalars(found):
@@ -135,3 +174,23 @@ def test_a_window_of_an_earlier_version_goes_on(found):
     for each in ranks:
         assert each["old"]["loss"] == (6 + 4 + 8 + 8) / 6
         assert each["old"]["a"] == 1.5
+
+
+def test_each_half_of_the_batch_has_its_floor():
+    """The mean of log |P(i)| over its rows, also behind a window of an earlier version."""
+    labels, positives = torch.tensor([7, -1, 7, -2, -2]), torch.tensor([4, 1, 4, 2, 3])
+    out = {"loss": torch.tensor(1.0), "sample_loss": torch.rand(5), "positives": positives}
+    meter = Meter(torch.device("cpu"))
+    # Twelve sums, of a step of two rows of labels with 8 positives each, and a scalar.
+    meter.restore(
+        {"rows": [[1, 1, 2, 2 * math.log(8), 16, 2, 1, 0, 0, 0, 0, 1, 5]], "scalars": ["a"]}
+    )
+    meter.add({**out, "a": torch.tensor(7.0)}, labels, 0, torch.tensor(False))
+    first, _ = meter.read()
+    assert first["floor"] == pytest.approx((2 * math.log(8) + math.log(4 * 4 * 2 * 3)) / 7)
+    assert first["a"] == 6
+    meter.add({**out, "a": torch.tensor(7.0)}, labels, 0, torch.tensor(False))
+    record, _ = meter.read()
+    assert record["floor_image_label"] == pytest.approx(math.log(4))
+    assert record["floor_image_text"] == pytest.approx((math.log(2) + math.log(3)) / 3)
+    assert record["floor"] == pytest.approx(math.log(4 * 4 * 2 * 3) / 5)

@@ -79,6 +79,7 @@ def without_times(records):
         "eta_seconds",
         "data_share",
         "speed_ratio",
+        "memory_gb",
     )
     return [{k: v for k, v in record.items() if k not in timed} for record in records]
 

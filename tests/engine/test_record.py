@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +48,17 @@ def files(folder):
     }
 
 
+class WarnedInTheLastStep:
+    """In the place of a `StopRequest`: the signal is there when the third step has been made."""
+
+    asked = 0
+
+    @property
+    def received(self):
+        self.asked += 1
+        return signal.SIGUSR1 if self.asked > 3 else 0
+
+
 def lives(rank, world_size, folder):
     """A run of six steps, and what other starts make of its folder."""
     from engine.run import Run
@@ -79,7 +91,8 @@ def lives(rank, world_size, folder):
     found["said"] = (run / "log.txt").read_text()
     found["config"] = yaml.safe_load((run / "config.yaml").read_text())
     (run / "checkpoints" / "LAST_GOOD").write_text("step_0000006\n")  # as if it had been killed
-    live(*longer)
+    live(*longer, stop=WarnedInTheLastStep())
+    found["said last"] = (run / "log.txt").read_text().splitlines()[-1]
     found["record"] = json.loads((run / "environment.json").read_text())["starts"]
     lines = (run / "metrics.jsonl").read_text().splitlines()
     found["metrics"] = [json.loads(line) for line in lines]
@@ -136,6 +149,11 @@ def test_a_longer_run_says_and_keeps_what_changed_from_which_step_on(found):
     }  # fmt: skip
     assert (third["after_step"], third["changed"]) == (6, {})
     assert [row["step"] for row in found["metrics"]] == [*range(1, 10)]
+
+
+def test_a_signal_in_the_last_step_ends_a_finished_run(found):
+    """Put back into the queue, its job would start once more for nothing."""
+    assert " finished after 9 steps: " in found["said last"]
 
 
 def test_a_longer_run_warns_how_the_rate_moves(found):
@@ -244,3 +262,13 @@ def test_a_checkpoint_of_an_older_version_continues(tmp_path):
     checkpoint.check_identity({"identity": now}, {**now, "data.new": 1}, tmp_path)
     with pytest.raises(DataError, match=r"Different: data.sampler: checkpoint 'ratio', now"):
         checkpoint.check_identity({"identity": {**old, "data.sampler": "ratio"}}, now, tmp_path)
+
+
+def test_the_tables_of_the_document_are_those_of_the_code():
+    """docs/training.md lists which keys may change and why, in this order."""
+    text = (ROOT / "docs/training.md").read_text()
+    text = text.split("## Which keys may change\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", text, re.MULTILINE)
+    tables = identity.FREE, identity.CHANGEABLE, identity.FREE_DEEPSPEED
+    assert rows == [row for table in tables for row in table.items()]
+    assert text.count("\n| ") == len(rows) + len(tables)  # and no other row but the heads

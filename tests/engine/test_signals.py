@@ -1,5 +1,9 @@
 """When a stopped SLURM job goes back into the queue."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from engine.signals import preempted, settle
@@ -30,6 +34,28 @@ def test_what_the_program_refused_is_not_tried_again(code):
 def test_a_warning_during_start_asks_for_more_time():
     """Requeued, the job would be warned again, for ever."""
     assert "longer --time" in settle(128 + 10)
+
+
+AT_THE_VERY_END = """
+import os, signal, sys
+
+from engine.signals import StopRequest
+
+class Last:
+    def __del__(self, kill=os.kill, own=os.getpid()):  # when handlers are taken away already
+        kill(own, signal.SIGUSR1)
+
+last, stop = Last(), StopRequest()
+if sys.argv[1] == "finished":
+    stop.ignore()
+"""
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("not", -10)])
+def test_a_signal_while_python_ends_does_not_fail_a_finished_training(state, code):
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", AT_THE_VERY_END, state], cwd=root, check=False)
+    assert done.returncode == code
 
 
 def test_term_outside_slurm_says_how_to_continue(monkeypatch):

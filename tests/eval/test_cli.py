@@ -39,7 +39,7 @@ def test_absent_sets_of_a_collection_are_listed_and_the_others_run(
 ):
     command(world, tmp_path, "toys", registry=with_absent, extra=["--data-root", str(tmp_path)])
     folder = tmp_path / "lost/test"
-    assert f"obtain it with: fetch lost test to {folder}" in capsys.readouterr().out
+    assert f"obtain them with: lost: fetch lost test to {folder}" in capsys.readouterr().out
     found = rows.read_rows(tmp_path / "tiny_zero_shot.jsonl")
     assert {row["dataset"] for row in found} == {"toy_classes"}
 

@@ -161,7 +161,7 @@ def test_search_walks_to_both_sides_of_the_coarse_grid(monkeypatch, rate, decay)
     rates, decays = elevater_probe.LEARNING_RATES, elevater_probe.WEIGHT_DECAYS
     tried = []
 
-    def scores(features, targets, tuning, head, pairs, metric):
+    def scores(features, targets, tuning, head, pairs, metric, tell):
         """One peak, at the wanted point; more distant learning rates count for less."""
         tried.extend(pairs)
         far = [

@@ -12,7 +12,6 @@ from eval.sources.registry import Registry
 from eval.sources.splits import EvalSplit
 from eval.tasks import evaluation, features, finetune, zero_shot
 from eval.tasks.features import Extractor
-from loaders import views
 from models import weights
 from tests.eval.conftest import ONE_TOWER, write_run
 
@@ -75,7 +74,7 @@ def test_text_head_starts_as_the_zero_shot_classifier(emoji):
     model = finetune.Classifier(run.model, head).eval()
 
     def logits(images):
-        scores = model(views.normalize(images, extractor.mean, extractor.std))
+        scores = model(extractor.transform.normalize(images))
         return {"feature": scores, "pooled": scores}
 
     scores = features.encode(accelerator, test, logits, 64, 0, "test")["feature"]

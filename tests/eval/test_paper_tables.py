@@ -120,7 +120,7 @@ def test_recipe_of_a_configuration_is_what_training_reads():
         else:
             cfg = config.load(path, ["data.augmentation=unicl_release"])
             assert cfg.recipe == recipe, name
-    assert set(recipes.values()) == {None, "release_defaults"}
+    assert set(recipes.values()) == {None, "release_defaults", "ours"}
 
 
 # --- joining
@@ -230,7 +230,7 @@ def test_commands_train_and_evaluate_what_is_missing(registry, tmp_path):
 
 def test_commands_of_configurations_that_are_open(registry):
     commands = filled("unicl", "2", [], registry).commands
-    opened = next(c for c in commands if "configs/unicl_resnet50_cifar10.yaml" in c)
+    opened = next(c for c in commands if "configs/unicl_resnet101_cifar10.yaml" in c)
     assert opened.startswith("deepspeed train.py")
     assert "# first decide" in opened
     mixed = [c for c in commands if "unicl_swin_tiny_in1k_mixup_cutmix" in c]

@@ -2,13 +2,14 @@
 
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 
 from eval.sources import base
-from eval.sources.presence import absent_splits, present
+from eval.sources.presence import absent_splits, those_present
 from eval.sources.registry import REPOSITORY, EvalDataset, Registry
 from eval.sources.splits import EvalSplit, subset_ids
 from loaders import texts
@@ -138,15 +139,21 @@ def test_wrong_count_names_both_numbers(row, world):
         EvalSplit(row("toy_classes", classes=4), "test", 32).class_names()
 
 
-def test_absent_set_is_skipped_only_when_optional(row, tmp_path, capsys):
+def test_absent_sets_are_passed_over_only_when_optional(row, tmp_path, capsys):
     splits = {"test": {"path": str(tmp_path / "nowhere"), "samples": None}}
+    there, needed = row("toy_captions"), row("toy_captions", splits=splits)
+    optional = replace(needed, optional=True)
     with pytest.raises(DataError, match="nowhere is not there; obtain it with: make toys"):
-        present(row("toy_captions", splits=splits))
-    assert not present(row("toy_captions", splits=splits, optional=True))
-    assert "obtain it with: make toys" in capsys.readouterr().out
-    assert present(row("toy_captions"))
+        those_present([there, needed], "retrieval", [])
+    assert those_present([there], "retrieval", []) == [there]
+    assert capsys.readouterr().out == ""
+    # One line, whatever is missing, and each command in it once.
+    others = [replace(optional, name="b"), replace(optional, name="c", obtain_split="make c")]
+    assert those_present([optional, there, *others], "retrieval", ["quickstart"]) == [there]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("obtain them with: toy_captions, b: make toys; c: make c")
     with pytest.raises(DataError, match="nowhere"):  # named on the command line
-        present(row("toy_captions", splits=splits, optional=True), required=True)
+        those_present([optional], "retrieval", ["toy_captions"])
 
 
 def test_zero_shot_does_not_ask_for_the_training_split(row, world, tmp_path):

@@ -5,12 +5,14 @@ import io
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
 from eval import plots, tables
-from eval.report import pictures, render
+from eval.report import pictures, render, run_facts
 from eval.report.table import Column
 from eval.sources.registry import Registry
 from loaders.errors import ConfigError, DataError
@@ -59,6 +61,49 @@ def test_cells_join_by_run_and_column_and_missing_ones_name_their_command(tmp_pa
     assert f"--output {tmp_path / 'results'}" in text
     # Never evaluated, but part of the collection: a line of dashes.
     assert cells["openclipart_captions", "retrieval mean R@1,5,10", ""]["unicl"] == "—"
+
+
+class Cells(HTMLParser):
+    """Texts of the cells of every table, by row."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tables, self.open = [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+            self.open = True
+        elif tag == "br" and self.open:
+            self.tables[-1][-1][-1] += "\n"
+
+    def handle_endtag(self, tag):
+        self.open = self.open and tag not in ("th", "td")
+
+    def handle_data(self, data):
+        if self.open:
+            self.tables[-1][-1][-1] += data
+
+
+def md_cells(text):
+    """Cells of the table of a Markdown text, without the rule."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+def test_html_is_the_same_way_round_as_the_table_of_the_terminal(tmp_path):
+    table = tables.join(ROWS, tmp_path)
+    terminal = md_cells(render.md(table))
+    (page,) = Cells(render.html(table)).tables
+    assert page[0][1:] == terminal[0][3:] == ["labels", "unicl"]
+    assert [row[0].split("\n") for row in page[1:]] == [row[:3] for row in terminal[1:]]
+    assert [row[1:] for row in page[1:]] == [row[3:] for row in terminal[1:]]
 
 
 def test_optional_sets_that_are_not_there_are_one_line(tmp_path):
@@ -179,13 +224,30 @@ def test_checkpoints_of_one_run_are_told_apart(tmp_path):
     assert labels[1:] == ["unicl @ step 100 (hash_of_)", "unicl @ step 100 (later)"]
 
 
-def test_csv_holds_unrounded_values_and_tex_is_escaped(tmp_path):
+def test_csv_has_a_line_for_each_number_under_the_names_of_the_rows(tmp_path):
+    rows = [*ROWS, result("labels", "emoji_twemoji", "zero_shot", "top5", 31.0, ci95=None)]
+    lines = list(csv.DictReader(io.StringIO(render.csv(tables.join(rows, tmp_path)))))
+    assert len(lines) == len(rows)
+
+    def key(row):
+        return row["run"], row["dataset"], row["task"], row["metric"]
+
+    by_key = {key(line): line for line in lines}
+    for row in rows:
+        line = by_key[key(row)]
+        low, high = row["ci95"] or ["", ""]
+        assert (float(line["value"]), line["low"], line["high"]) == (
+            row["value"],
+            str(low),
+            str(high),
+        )
+        for name in ("n", "classes", "step", "checkpoint_hash", "config_name", "protocol"):
+            assert line[name] == str(row[name]), name
+    assert by_key[key(ROWS[1])]["measure"] == "linear probe top-1"
+
+
+def test_tex_is_escaped(tmp_path):
     table = tables.join(ROWS, tmp_path)
-    lines = list(csv.DictReader(io.StringIO(render.csv(table))))
-    by_run = {line["run"]: line for line in lines}
-    name = "emoji_twemoji zero-shot top-1 n=810, k=28"
-    assert float(by_run["unicl"][name]) == 43.21
-    assert float(by_run["unicl"][f"{name} low"]) == pytest.approx(40.71)
     text = render.tex(table)
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert not re.search(r"(?<!\\)_", body)
@@ -224,8 +286,71 @@ def test_plots_make_every_picture_and_one_self_contained_page(world, tmp_path):
     assert page.count("data:image/png;base64,") == len(plots.CAPTIONS)
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    results, facts = Cells(page).tables
+    assert results[0][1:] == facts[0][1:] == ["tiny (config_0)"]
+    assert dict(facts[1:])["samples seen"] == "448"
+    assert "clip art" not in page.lower()  # these are other sets than those of the quickstart
+    assert "CC-BY-4.0" not in page
+
+
+def test_page_of_the_quickstart_says_what_it_is_and_whose_the_drawings_are(tmp_path):
+    table = tables.join(ROWS, tmp_path)
+    facts = {"time": ["8 s", "9 s"], "commit": ["abc", "<d>"]}
+    Image.new("RGB", (960, 30)).save(tmp_path / "bars.png")
+    pictures = [tmp_path / "bars.png"]
+    path = plots.write_page(table, facts, ["python train.py"], pictures, tmp_path / "x.html")
+    page = path.read_text()
+    assert tables.QUICKSTART_TITLE in page
     assert "CC-BY-4.0" in page
     assert "Twitter and contributors" in page
+    assert Cells(page).tables[1][1:] == [["time", "8 s", "9 s"], ["commit", "abc", "<d>"]]
+    assert "<pre>python train.py</pre>" in page
+    # Half as many pixels of a page as dots, and never more than there is room for.
+    assert page.count("<img ") == 1
+    assert 'width="480"' in page
+    assert "img{max-width:100%;height:auto}" in page
+
+
+def test_facts_of_a_run_from_its_folder(tmp_path):
+    begin = datetime(2026, 1, 1, 10, tzinfo=UTC)
+
+    def at(minutes):
+        return (begin + timedelta(minutes=minutes)).isoformat(timespec="seconds")
+
+    def start(minutes, after_step, ranks, commit):
+        return {
+            "time": at(minutes), "after_step": after_step, "ranks": ranks,
+            "git": {"commit": commit * 40, "changed": commit == "b"},
+            "command": f"python train.py {commit}",
+            "machines": [{"host": "h", "device": "NVIDIA H100", "ranks": [0]}],
+        }  # fmt: skip
+
+    # Step 15 was made by the second start, and again by the third; the fourth came later.
+    starts = [start(0, 0, 2, "a"), start(10, 10, 8, "c"), start(100, 10, 4, "b")]
+    starts.append(start(500, 30, 1, "d"))
+    (tmp_path / "environment.json").write_text(json.dumps({"starts": starts}))
+    times = {5: 3, 10: 6, 15: 110, 20: 130, 35: 510}
+    log = [{"step": s, "samples": 10 * s, "time": at(m)} for s, m in times.items()]
+    facts = run_facts.read(tmp_path, 20, log)
+    # 6 minutes on two processes, 30 on four.
+    assert facts.seconds == 36 * 60
+    assert facts.rank_seconds == 60 * (6 * 2 + 30 * 4)
+    table = run_facts.table([facts], [[{"date": at(600), "git_hash": "e" * 40}]])
+    assert table == {
+        "step": ["20"],
+        "samples seen": ["200"],
+        "trained": ["2026-01-01 10:00 to 12:10 UTC"],
+        "time": ["36 min 00 s"],
+        "cost": ["2.20 GPU hours (4 × NVIDIA H100)"],
+        "commit": ["aaaaaaaaaaaa, bbbbbbbbbbbb-dirty"],
+        "evaluated": ["2026-01-01 20:00 UTC"],
+        "evaluated with": ["eeeeeeeeeeee"],
+    }
+    assert facts.commands == ("python train.py a", "python train.py b")
+    # An older folder does not tell.
+    bare = run_facts.table([run_facts.read(tmp_path / "none", 20, log)], [[{}]])
+    assert bare["time"] == bare["cost"] == bare["commit"] == [run_facts.UNKNOWN]
+    assert run_facts.duration(7505) == "2 h 05 min"
 
 
 def test_chance_of_mean_recall(tmp_path):

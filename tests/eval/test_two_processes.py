@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from eval.sources import common_classes
 from eval.sources.registry import Registry
 from eval.tasks import evaluation, finetune
 from eval.tasks.features import Extractor
-from loaders import views
 from models import weights
 from tests import multiprocess
 from tests.eval.test_detection import build, coco, shrink  # noqa: F401  (coco: a fixture)
@@ -61,7 +59,7 @@ def fine_tune(rank, world_size, registry):
     torch.manual_seed(0)
     head = torch.randn(len(classes.names), run.model.embed_dim) * 0.02
     model = finetune.Classifier(run.model, head)
-    normalize = partial(views.normalize, mean=extractor.mean, std=extractor.std)
+    normalize = extractor.transform.normalize
     args = argparse.Namespace(epochs=2, lr=1e-3, seed=0)
     found = finetune.train(accelerator, model, data, normalize, args, workers=0)
     return found, torch.cat([p.detach().flatten() for p in model.parameters()])

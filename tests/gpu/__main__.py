@@ -6,17 +6,22 @@
 Exit code 0: every check that ran passed; 1: one failed, or there is no CUDA device.
 """
 
+import argparse
 import sys
 from pathlib import Path
-
-import pytest
-import torch
 
 SECONDS = 240  # to begin checks in; the longest takes less than the minute that is left
 
 
 def main() -> int:
     """The exit code."""
+    argparse.ArgumentParser(
+        prog="python -m tests.gpu", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()  # fmt: skip
+    import pytest  # late, as torch, so that --help answers at once
+    import torch
+
     if not torch.cuda.is_available():
         print(
             f"no CUDA device: torch {torch.__version__} finds none here, so nothing was checked",

@@ -197,8 +197,9 @@ def bert_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_hugging_face_tower_from_a_folder(bert_folder, pooling):
+def test_hugging_face_tower_from_a_folder(bert_folder, pooling, capsys):
     tower = HuggingFaceTower(TextConfig(name="hf", hf_name=bert_folder, pooling=pooling)).eval()
+    assert "\r" not in capsys.readouterr().err, "not on a terminal"
     plain = BertModel.from_pretrained(bert_folder).eval()
     pooled, states = tower(BERT_IDS)
     assert tower.width == 32

@@ -95,7 +95,9 @@ def test_a_preempted_command_runs_again(cluster, tmp_path):
     cluster.submit("--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.start_now(job)
     cluster.wait(lambda: (tmp_path / "log").read_text() == "begun\n" * 3 * 2, "its second start")
-    assert "requeued job" in (tmp_path / "out").read_text()
+    # The script asks for it; on a busy machine SLURM may be quicker and do it by itself.
+    said = (tmp_path / "out").read_text()
+    assert "requeued job" in said or "DUE TO PREEMPTION" in said
     cluster.run("scancel", job)
     assert cluster.finished(job) == {"CANCELLED"}
 

@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
 
+from eval.report import palette
 from loaders.errors import DataError
 from studies import _cells, _costs, _evaluations, _statistics, _study, report
-from tests.studies.parts import study_file, write_cell
+from tests.studies.parts import ROOT, study_file, write_cell
 
 KEY = ("emoji_twemoji", "zero_shot", "mean_per_class")
 CLAIM = [{"arms": ["one", "two"], "claim": "labels help"}]
@@ -184,7 +186,7 @@ def test_pictures_fit_500_pixels(tmp_path, capsys):
     show(path, capsys)
     for name in ("measures", "costs", "differences"):
         with Image.open(tmp_path / f"out/report/{name}.png") as image:
-            assert image.width <= 500
+            assert image.width <= 500 * palette.DENSITY
             assert len(image.convert("RGB").getcolors(1 << 20)) > 5
 
 
@@ -207,3 +209,17 @@ def test_a_finished_cell_outlives_its_run_folder(tmp_path, capsys):
     for cell in cells_of(path, tmp_path / "out"):
         assert not cell.trained()
         assert cell.differing() == {"train.steps": (20, 19)}
+
+
+def test_a_run_may_say_which_reference_it_found(tmp_path):
+    """RUN/config.yaml has the checksum of the folder; a study that states another differs."""
+    arm = {"config": str(ROOT / "configs/quickstart_raclip.yaml")}
+    for stated in ([], ["model.reference.checksum=b"]):
+        arms = {"one": arm | {"overrides": stated}}
+        path = study_file(tmp_path, arms=arms, comparisons=[], overrides=[])
+        cell = cells_of(path, tmp_path / "out")[0]
+        found = OmegaConf.merge(cell.cfg, {"model": {"reference": {"checksum": "a"}}})
+        cell.run.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(found, cell.run / "config.yaml")
+        expected = {"model.reference.checksum": ("a", "b")} if stated else {}
+        assert cell.differing() == expected
