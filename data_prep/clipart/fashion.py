@@ -10,6 +10,7 @@ from PIL import Image
 from data_prep.clipart.claims_packages import FASHION_MNIST
 from data_prep.clipart.packages import read_members
 from data_prep.clipart.write import Sample
+from loaders.progress import Progress
 
 FOLDER = "usr/share/datasets/fashion-mnist/"
 PARTS = {"train": "train", "test": "t10k"}
@@ -45,6 +46,8 @@ def fashion_samples(package: Path) -> dict[str, list[Sample]]:
         images = arrays[part, "images-idx3"].reshape(-1, SIDE, SIDE)
         labels = arrays[part, "labels-idx1"]
         origin = f"{FOLDER}{file}-images-idx3-ubyte.gz"
+        pairs = zip(images, labels, strict=True)
+        bar = Progress(pairs, desc=f"Fashion-MNIST, {part}", unit="image", total=len(labels))
         found[part] = [
             Sample(
                 _jpeg(image),
@@ -54,7 +57,7 @@ def fashion_samples(package: Path) -> dict[str, list[Sample]]:
                 f"{origin}#{index}",
                 CLASSES[label],
             )
-            for index, (image, label) in enumerate(zip(images, labels, strict=True))
+            for index, (image, label) in enumerate(bar)
         ]
     found["val"] = found["train"][-VALIDATION:]
     del found["train"][-VALIDATION:]

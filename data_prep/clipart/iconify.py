@@ -17,6 +17,7 @@ from data_prep.clipart.emoji import Emoji
 from data_prep.clipart.packages import read_members
 from data_prep.clipart.write import Sample, render
 from loaders.errors import DataError
+from loaders.progress import Progress
 
 SCRIPT = Path(__file__).with_name("rasterise.mjs")
 RESVG_FILES = ("package/index.mjs", "package/index_bg.wasm")
@@ -125,7 +126,9 @@ def _samples(
     """Each drawing once, equal ones of one class only under the first name."""
     samples, seen = [], set()
     pictures = rasterise([icons[name] for name, *_ in chosen], resvg)
-    for (name, label, title), picture in zip(chosen, pictures, strict=True):
+    pairs = zip(chosen, pictures, strict=True)
+    bar = Progress(pairs, desc=source.package.name, unit="image", total=len(chosen))
+    for (name, label, title), picture in bar:
         jpeg = None if picture is None else render(picture)
         if jpeg is None or jpeg in seen:
             continue
