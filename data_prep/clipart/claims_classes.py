@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.clipart.concepts import Called, Concepts, called_drawing, called_emoji, singulars
@@ -108,7 +108,8 @@ def drawing_samples(
 ) -> dict[str, list[Sample]]:
     """Samples of the parts train, val and test; none looks like one of a later part.
 
-    No title group, image or rendering is in two parts, as in openclipart.py.
+    No title group, image or rendering is in two parts, as in openclipart.py. Outside train, a
+    drawing whose class train lacks has no label: probes and neighbours could not know it.
     """
     images = read_images(png, drawings)
     groups = Counter(normalise_title(title) for title, _ in drawings.values())
@@ -125,7 +126,15 @@ def drawing_samples(
         parts[part].append(Sample(jpeg, caption, label, OPENCLIPART_PNG.label, origin, title))
     parts["train"] = drop_lookalikes(parts["train"], parts["val"] + parts["test"])
     parts["val"] = drop_lookalikes(parts["val"], parts["test"])
+    parts["val"] = labelled_as(parts["train"], parts["val"])
+    parts["test"] = labelled_as(parts["train"], parts["test"])
     return parts
+
+
+def labelled_as(train: Sequence[Sample], samples: Sequence[Sample]) -> list[Sample]:
+    """`samples`, those without a label whose class does not occur in `train`."""
+    known = {sample.label for sample in train}
+    return [sample if sample.label in known else replace(sample, label=None) for sample in samples]
 
 
 def naming(captions: Sequence[str], names: Sequence[str]) -> dict[str, int]:

@@ -13,13 +13,20 @@ from PIL import Image
 
 from data_prep.claims import half_widths
 from data_prep.clipart import claims_packages, concepts, packages
-from data_prep.clipart.claims_classes import labelled_emoji, make_table, naming, part_of
+from data_prep.clipart.claims_classes import (
+    labelled_as,
+    labelled_emoji,
+    make_table,
+    naming,
+    part_of,
+)
 from data_prep.clipart.concepts import Called, Concepts, called_drawing, called_emoji
 from data_prep.clipart.emoji import Emoji
 from data_prep.clipart.fashion import _jpeg
 from data_prep.clipart.iconify import rasterise, read_icons
 from data_prep.clipart.openclipart import in_test
 from data_prep.clipart.wordnet import WordNet
+from data_prep.clipart.write import Sample
 from loaders.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -171,6 +178,16 @@ def test_parts_hold_out_what_the_quickstart_holds_out():
     share = {part: list(parts.values()).count(part) / len(titles) for part in ("test", "val")}
     assert share == pytest.approx({"test": 0.3, "val": 0.1}, abs=0.05)
     assert part_of("Crawfish 2 (B and W)") == part_of("crawfish")  # variants stay together
+
+
+def test_a_class_without_training_drawings_is_no_label_of_a_test():
+    def drawings(*labels):
+        return [Sample(b"", "a caption", label, "package", str(i), "")
+                for i, label in enumerate(labels)]  # fmt: skip
+
+    found = labelled_as(drawings(0, None, 2), drawings(2, 1, 0, None))
+    assert [sample.label for sample in found] == [2, None, 0, None]
+    assert [sample.origin for sample in found] == ["0", "1", "2", "3"]
 
 
 def test_captions_that_name_a_class():
