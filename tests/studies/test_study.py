@@ -4,6 +4,7 @@ import pytest
 
 import losses
 from engine import config
+from eval.sources import registry
 from eval.sources.registry import Registry
 from loaders.errors import ConfigError
 from studies import _cells, _evaluations, _study
@@ -154,23 +155,25 @@ def test_tasks_share_out_the_cells(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_studies_say_what_they_cost_and_all_their_runs_load(path, tmp_path, monkeypatch):
-    """Benchmark sets that are not shipped are looked for and not read: an empty one will do."""
+    """Sets are looked for and not read: empty ones will do, also for those that are not shipped."""
     text = path.read_text()
     assert "\n# Command: " in text
     assert "\n# Cost: " in text
     study = _study.read(path)
     monkeypatch.setenv("UNICL_EVAL_DATA", str(tmp_path / "sets"))
+    monkeypatch.setattr(registry, "REPOSITORY", tmp_path / "repository")
     for entry in study.evaluations:
         for row in Registry().select(entry.datasets, entry.task):
             for split in row.splits:
                 folder = row.folder(split)
-                if folder.is_relative_to(tmp_path):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "manifest.json").touch()
+                assert folder.is_relative_to(tmp_path)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "manifest.json").touch()
     assert study.name == path.stem
     planned = _evaluations.plan(study)
     assert _evaluations.measures(study, planned)
-    assert len(_cells.make(study, path, planned, tmp_path)) == len(study.arms) * len(study.seeds)
+    cells = _cells.make(study, path, planned, tmp_path, seeds=study.seeds[:1])  # others load alike
+    assert len(cells) == len(study.arms)
 
 
 def test_the_family_holds_every_method_and_sees_each_source_equally_often():
