@@ -6,6 +6,8 @@
 # make lint         ruff
 # make family       every method on the shipped data, three seeds, and their table (hours; what is
 #                   done is not done again)
+# make claims       the paper's claims on data of Debian and npm: docs/claims.md (hours; any part alone
+#                   by STUDIES=batch_size, on a GPU SET=deepspeed=ds_configs/zero1_bf16.json)
 # make bench        ratios against named peers, into benchmarks/results/ and docs/benchmarks.md
 #                   (an hour and more)
 
@@ -26,11 +28,11 @@ export PYTHONUNBUFFERED ?= 1
 
 # A step on a CPU frees and takes the same large tensors again. Unless told not to, glibc hands them
 # back to the kernel each time and gets pages that have to be cleared first. No number changes.
-quickstart family: export MALLOC_MMAP_MAX_ ?= 0
-quickstart family: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
-quickstart family: export MALLOC_TOP_PAD_ ?= 268435456
+quickstart family claims: export MALLOC_MMAP_MAX_ ?= 0
+quickstart family claims: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+quickstart family claims: export MALLOC_TOP_PAD_ ?= 268435456
 
-.PHONY: quickstart test durations soak gpu-check lint family bench
+.PHONY: quickstart test durations soak gpu-check lint family claims bench
 BENCHES := loss methods filip loss_ranks loader size step scaling_model gpu_loss gpu_step gpu_end_to_end data_prep evaluation
 
 $(STAMP): requirements.txt requirements-dev.txt
@@ -97,6 +99,23 @@ family: $(STAMP) $(TITLES)/manifest.json $(REFERENCE)/reference.json
 	$(BIN)/python -m studies.run studies/family.yaml \
 	  --launcher "torchrun --standalone --nproc_per_node $(RANKS)" || code=$$?; \
 	$(BIN)/python -m studies.report studies/family.yaml && exit $$code
+
+CLAIMS := data/claims
+CIFAR10 := $(wildcard data/eval/cifar-10/train/manifest.json)
+STUDIES ?= claims batch_size $(if $(CIFAR10),cifar10)
+CHANGES := $(if $(SET),--set $(SET))
+
+$(CLAIMS)/report.json: | $(STAMP)
+	$(BIN)/python data_prep/claims.py --out $(CLAIMS)
+
+# Two lanes share out the cells of a study. The report also where cells have failed.
+claims: $(STAMP) $(CLAIMS)/report.json
+	@code=0; for study in $(STUDIES); do \
+	  $(BIN)/python -m studies.run studies/$$study.yaml $(CHANGES) > /dev/null 2>&1 & lane=$$!; \
+	  $(BIN)/python -m studies.run studies/$$study.yaml $(CHANGES) || code=$$?; \
+	  wait $$lane || code=$$?; \
+	  $(BIN)/python -m studies.report studies/$$study.yaml $(CHANGES) || code=$$?; \
+	done; exit $$code
 
 bench: $(STAMP)
 	@for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name || exit $$?; done
