@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from losses import _heads
 from losses._gather import Gather
@@ -139,17 +140,15 @@ def test_statistics_are_float32_whatever_the_features_and_survive_a_large_mean()
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_graph_holds_one_matrix_of_each_hidden_layer(kind):
     """What its linear layer made of the rows, in the type of the weights; not what came after."""
-    mlp, held = Mlp([5, 7, 6, 3], last_norm=True).to(kind), {}
-
-    def note(saved):
-        if saved.ndim == 2 and saved.shape[0] == 11:  # rows, unlike weights
-            held[saved.data_ptr()] = saved.shape[1], saved.dtype
-        return saved
-
+    mlp, inputs = Mlp([5, 7, 6, 3], last_norm=True).to(kind), []
+    for layer in mlp.layers:
+        layer.register_forward_hook(
+            lambda _layer, given, _out: inputs.append(StorageWeakRef(given[0].untyped_storage()))
+        )
     features = torch.randn(11, 5, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        out = mlp(features, Gather())
-    assert sorted(held.values(), key=lambda item: item[0]) == [(w, kind) for w in (3, 5, 6, 7)]
+    out = mlp(features, Gather())
+    # Only the features are still there, which bfloat16 has as a copy.
+    assert [item.expired() for item in inputs] == [False, True, True]
     # What is computed again is what was there: the gradients are those of torch's layers.
     weights = batch(0)[1]
     (ours,) = torch.autograd.grad((out * weights).sum(), features)
