@@ -9,8 +9,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-TILE = 4096  # rows that a search looks at together
+QUERIES, TILE = 1024, 4096  # how many a search compares with how many rows at a time
+GROUP = 64  # of numbers in a row of which `largest` looks at one place at a time
 
 
 class Queue(nn.Module):
@@ -49,16 +51,21 @@ class Queue(nn.Module):
         Returns:
             (b, D) of the rows that hold features; zeros while none does.
         """
-        queries, filled = queries.to(self.rows.dtype), self.filled()
+        some = queries.to(self.rows.dtype).split(QUERIES)
+        return self.rows[torch.cat([self._places(each) for each in some])]
+
+    def _places(self, queries: Tensor) -> Tensor:
+        """(b,) int64: where the nearest row of each of a few queries (b, D) lies."""
+        # Added to the products of each row: nothing, or what no product is larger than.
+        empty = torch.zeros_like(self.rows[:, 0]).masked_fill_(~self.filled(), -math.inf)
         best = torch.full_like(queries[:, 0], -math.inf)
         place = torch.zeros_like(best, dtype=torch.int64)
         for first in range(0, len(self.rows), TILE):
             tile = slice(first, first + TILE)
-            products = (queries @ self.rows[tile].T).masked_fill(~filled[tile], -math.inf)
-            value, index = products.max(1)
+            value, index = largest(torch.addmm(empty[tile], queries, self.rows[tile].T))
             place = torch.where(value > best, first + index, place)
             best = torch.maximum(value, best)
-        return self.rows[place]
+        return place
 
     def keep(self, rows: Tensor) -> None:
         """Remember the rows of this step, (B, D) of the **global** batch, until `write`."""
@@ -80,3 +87,24 @@ class Queue(nn.Module):
         self.rows.index_copy_(0, place, newest.to(self.rows.dtype))
         self.written += count
         self.kept = None
+
+
+def largest(products: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest number of each row, and where it is: `products.max(1)`.
+
+    In two steps, because a maximum alone is found ten times as fast on a CPU as its place: the
+    largest number at each place of a group, over all groups, then which group it came from.
+
+    Args:
+        products: (b, n), n > 0.
+
+    Returns:
+        Values (b,) and places (b,) int64; the place may lie outside where all numbers are -inf.
+    """
+    short = -products.shape[1] % GROUP
+    groups = F.pad(products, (0, short), value=-math.inf) if short else products
+    groups = groups.unflatten(1, (-1, GROUP))
+    value, column = groups.amax(1).max(1)
+    chosen = column[:, None, None].expand(-1, groups.shape[1], 1)
+    row = groups.gather(2, chosen).squeeze(2).argmax(1)
+    return value, row * GROUP + column

@@ -26,6 +26,7 @@ N is 0 before anything is in it, and 65,536 features are those of fewer steps; a
 never a special one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,11 @@ from losses._queue import Queue
 
 
 def neighbour_loss(
-    images: list[Tensor], neighbours: list[Tensor], scale: Tensor, gather: Gather, walk: Walk
+    images: Sequence[Tensor],
+    neighbours: Sequence[Tensor],
+    scale: Tensor,
+    gather: Gather,
+    walk: Walk,
 ) -> Tensor:
     """N of each sample (b,), images to texts only; its mean over all ranks is N.
 
@@ -163,11 +168,12 @@ class Method(Base):
         # would be those of another loss. So four pairs are four walks, each logit computed once.
         pairs = [(image, text) for image in images for text in texts]
         pairings = [pair_losses(*pair, scale, gather, walk=walk) for pair in pairs]
+        nearest = self.queue.nearest(torch.cat(texts)).chunk(2)
+        near = neighbour_loss(images, nearest, scale, gather, walk)
+        # Behind the walks, so that the backward pass frees the heads' memory before it walks.
         projections = [self.projector(view, gather) for view in views]
         predictions = [self.predictor(projection, gather) for projection in projections]
         masked = gather.sum_(features["masked_count"].detach().sum()).clamp(min=1)
-        nearest = [self.queue.nearest(text) for text in texts]
-        near = neighbour_loss(images, nearest, scale, gather, walk)
         terms = {  # of each sample; the mean over the global batch is the term
             "contrastive_loss": sum(w * x for w, x in zip(cfg.shares(), pairings, strict=True)),
             "simsiam_loss": cfg.self_supervision * simsiam(predictions, projections),

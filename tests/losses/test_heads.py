@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from losses import _heads
 from losses._gather import Gather
 from losses._heads import BatchNormOverRanks, Mlp
 from tests import multiprocess
@@ -91,8 +93,10 @@ def compare(actual, wanted):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11, err_msg=str(number))
 
 
+@pytest.mark.parametrize("piece", [2**18, 1, 4 * 7])  # all rows at once, one by one, a few
 @pytest.mark.parametrize("last_norm", [False, True])
-def test_one_rank_equals_torch(last_norm):
+def test_one_rank_equals_torch(last_norm, piece, monkeypatch):
+    monkeypatch.setattr(_heads, "PIECE", piece)
     mlp = head(last_norm)
     for step in range(STEPS):
         seen = values(lambda x: mlp(x, Gather()), in_order(mlp), *batch(step), 1)
@@ -131,6 +135,26 @@ def test_statistics_are_float32_whatever_the_features_and_survive_a_large_mean()
     far = BatchNormOverRanks(4)(x + 1e4, Gather())  # here E[x^2] - E[x]^2 has no digit left
     exact = nn.BatchNorm1d(4).double()((x + 1e4).double())
     torch.testing.assert_close(far.double(), exact, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_graph_holds_one_matrix_of_each_hidden_layer(kind):
+    """What its linear layer made of the rows, in the type of the weights; not what came after."""
+    mlp, inputs = Mlp([5, 7, 6, 3], last_norm=True).to(kind), []
+    for layer in mlp.layers:
+        layer.register_forward_hook(
+            lambda _layer, given, _out: inputs.append(StorageWeakRef(given[0].untyped_storage()))
+        )
+    features = torch.randn(11, 5, requires_grad=True)
+    out = mlp(features, Gather())
+    # Only the features are still there, which bfloat16 has as a copy.
+    assert [item.expired() for item in inputs] == [False, True, True]
+    # What is computed again is what was there: the gradients are those of torch's layers.
+    weights = batch(0)[1]
+    (ours,) = torch.autograd.grad((out * weights).sum(), features)
+    reference, wide = of_torch(mlp.double()), features.detach().double().requires_grad_()
+    (theirs,) = torch.autograd.grad((reference(wide) * weights).sum(), wide)
+    assert (ours - theirs).norm() < (1e-5 if kind == torch.float32 else 0.05) * theirs.norm()
 
 
 def test_without_norms_no_ranks_are_needed():

@@ -6,12 +6,13 @@ import pytest
 import torch
 from scipy.stats import binom
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from loaders.tokenizers import build as tokenizer
 from losses import _masking
 from losses._gather import Gather
-from losses._masking import guessed, mask_tokens, room
+from losses._masking import WordHead, guessed, mask_tokens, room
 from losses._random import uniform
 from models.text_transformer import end_positions
 from tests.engine import family, tiny
@@ -110,7 +111,7 @@ def dense_guesses(head, states, ids, chosen):
             torch.logsumexp(logits, 0) - logits[ids[row, place]]
             for place in range(states.shape[1])
             if chosen[row, place]
-            for logits in [head(states[row, place])]
+            for logits in [head.weight @ states[row, place] + head.bias]
         ]
         sums.append(sum(values, states[row].sum() * 0))
         counts.append(len(values))
@@ -123,12 +124,14 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("piece", [2**24, 1, 11 * 7])  # all rows at once, one by one, by seven
 @pytest.mark.parametrize(("rows", "length", "share"), [(3, 7, 0.3), (50, 30, 0.15), (4, 9, 0)])
-def test_guesses_equal_loops_in_float64(rows, length, share, counted, monkeypatch):
+def test_guesses_equal_loops_in_float64(rows, length, share, piece, counted, monkeypatch):
+    monkeypatch.setattr(_masking, "PIECE", piece)
     if not counted:
         as_on_a_gpu(monkeypatch)
     torch.manual_seed(rows)
-    head, states = nn.Linear(5, 11).double(), torch.randn(rows, length, 5).double()
+    head, states = WordHead(5, 11).double(), torch.randn(rows, length, 5).double()
     ids = torch.randint(0, 11, (rows, length + 2))
     chosen = F.pad(torch.rand(rows, length - 2) < share, (1, 3))
     if rows == 50:  # more tokens than a GPU has rows for
@@ -144,8 +147,50 @@ def test_guesses_equal_loops_in_float64(rows, length, share, counted, monkeypatc
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("kind", "size", "near"), [
+    (torch.float32, 100, 1e-5),  # exponentials of such logits overflow
+    (torch.bfloat16, 1, 2e-2),
+])  # fmt: skip
+def test_pieces_in_every_type_beside_layers_of_torch_in_float64(kind, size, near, monkeypatch):
+    monkeypatch.setattr(_masking, "PIECE", 13 * 3)
+    torch.manual_seed(1)
+    head, ids = WordHead(6, 13).to(kind), torch.randint(0, 13, (40,))
+    states, found = (size * torch.randn(40, 6)).to(kind), []
+    for wide in (False, True):
+        given = states.double() if wide else states.clone()
+        weight, bias = (p.detach().to(given.dtype).requires_grad_() for p in head.parameters())
+        given.requires_grad_()
+        if wide:
+            each = F.cross_entropy(F.linear(given, weight, bias), ids, reduction="none")
+        else:
+            each = functional_call(head, {"weight": weight, "bias": bias}, (given, ids))
+            assert each.dtype == torch.float32
+        gradients = torch.autograd.grad(each.sum(), [given, weight, bias])
+        found.append([value.detach().double() for value in (each, *gradients)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() < near * theirs.abs().max()
+
+
+def test_a_graph_holds_the_logits_of_one_piece_at_most(monkeypatch):
+    ids, states = torch.arange(9), torch.randn(9, 4, requires_grad=True)
+    for piece, kept in ((2**24, [(9, 50)]), (50 * 8, [])):
+        monkeypatch.setattr(_masking, "PIECE", piece)
+        shapes, head = [], WordHead(4, 50)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved, shapes=shapes: shapes.append(tuple(saved.shape)) or saved, lambda x: x
+        ):
+            head(states, ids)
+        assert [shape for shape in shapes if shape[1:] == (50,)] == kept
+    monkeypatch.undo()
+    total = head(states, ids).sum()
+    total.backward(retain_graph=True)
+    # They became the gradient: a second pass must not take them for exponentials.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
 def test_equal_logits_give_the_logarithm_of_the_vocabulary():
-    head = nn.Linear(4, 49409)
+    head = WordHead(4, 49409)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     ids, text = texts(6, 12)
@@ -164,13 +209,13 @@ def test_there_is_room_for_all_but_hopeless_odds():
 def test_what_has_no_room_is_left_out_of_sum_and_number(monkeypatch):
     monkeypatch.setattr(_masking, "computed", lambda chosen, tokens: 3)
     chosen = torch.tensor([[False, True, True, False], [False, True, True, False]])
-    sums, counts = guessed(nn.Linear(2, 9), torch.zeros(2, 4, 2), torch.ones(2, 4).long(), chosen)
+    sums, counts = guessed(WordHead(2, 9), torch.zeros(2, 4, 2), torch.ones(2, 4).long(), chosen)
     assert counts.tolist() == [2, 1]
     torch.testing.assert_close(sums[0], 2 * sums[1])
 
 
 def test_a_cpu_computes_no_more_than_what_is_chosen():
-    rows, head = [], nn.Linear(2, 9)
+    rows, head = [], WordHead(2, 9)
     head.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     ids, text = texts(30, 20)
     _, chosen = mask_tokens(ids, text, seeds(30))
@@ -181,7 +226,7 @@ def test_a_cpu_computes_no_more_than_what_is_chosen():
 def test_nothing_waits_for_the_device(monkeypatch):
     as_on_a_gpu(monkeypatch)
     ids, text = texts(60, 20)
-    head, states = nn.Linear(4, 9), torch.randn(60, 20, 4, requires_grad=True)
+    head, states = WordHead(4, 9), torch.randn(60, 20, 4, requires_grad=True)
     with NoOperatorWaits(), NoTensorIsRead():
         hidden, chosen = mask_tokens(ids, text, seeds(60))
         sums, _ = guessed(head, states, hidden % 9, chosen)

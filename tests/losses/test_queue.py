@@ -1,12 +1,13 @@
 """The queue against a list from which the oldest rows fall out."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from losses import _queue
-from losses._queue import Queue
+from losses._queue import Queue, largest
 
 
 def step(queue, rows):
@@ -42,6 +43,7 @@ def test_a_row_is_overwritten_by_the_one_that_comes_size_later():
 @pytest.mark.parametrize("tile", [1, 4, 100])
 def test_the_nearest_row_is_found_among_those_that_were_written(tile, monkeypatch):
     monkeypatch.setattr(_queue, "TILE", tile)
+    monkeypatch.setattr(_queue, "QUERIES", 4)
     torch.manual_seed(2)
     queue, queries = Queue(11, 3), torch.randn(6, 3)
     assert queue.nearest(queries).tolist() == [[0.0] * 3] * 6
@@ -51,6 +53,15 @@ def test_the_nearest_row_is_found_among_those_that_were_written(tile, monkeypatc
         expected = [max(held.tolist(), key=lambda row, q=q: q @ torch.tensor(row)) for q in queries]
         assert queue.nearest(queries).tolist() == expected
     assert queue.nearest(queries[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200, 256])
+def test_the_largest_number_and_its_place_are_those_of_max(columns):
+    torch.manual_seed(columns)
+    products = torch.randn(30, columns)
+    products[:, columns // 2 + 1 :] = -math.inf  # as of rows that hold nothing
+    for ours, theirs in zip(largest(products), products.max(1), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_all_there_is_lies_in_buffers():
