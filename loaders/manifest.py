@@ -375,8 +375,9 @@ def _check_labels(shard_set: ShardSet, ranges: Sequence[tuple[int, int, bool]]) 
     if not shard_set.classes:
         raise DataError(
             f"{shard_set.folder}: an image_label set needs a class table: 'classes' in {MANIFEST} "
-            '([{"id": 0, "synset": null, "names": ["cat"]}, …]), or classnames.txt beside the '
-            "tars with one name a line in id order; or open it as kind image_text"
+            '([{"id": 0, "synset": null, "names": ["cat"]}, …], which data_prep/verify.py writes '
+            "for a set that data_prep made), or classnames.txt beside the tars with one name a "
+            "line in id order; or open it as kind image_text"
         )
     for number, (low, high, _) in enumerate(ranges):
         if low >= 0 and high < len(shard_set.classes):
