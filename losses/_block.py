@@ -44,9 +44,14 @@ class Walk:
 WALK = Walk()
 
 
+def on_kernels(x: Tensor) -> bool:
+    """Whether kernels compute with x: on a GPU, except for float64, which is there for tests."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
 def backend(x: Tensor, y: Tensor, scale: Tensor, excluded: Ids | None, walk: Walk) -> Tiles:
-    """What computes a block: kernels on a GPU, except for float64, which is there for tests."""
-    if not x.is_cuda or x.dtype == torch.float64:
+    """What computes a block: kernels, or tiles by torch's operators."""
+    if not on_kernels(x):
         return Tiles(x, y, scale, excluded, walk.tile, walk.keep_bytes)
     from losses._kernels import KernelTiles  # it needs Triton, which comes with torch for GPUs
 
@@ -57,7 +62,7 @@ def backend(x: Tensor, y: Tensor, scale: Tensor, excluded: Ids | None, walk: Wal
 
 def of_classes(x: Tensor) -> ModuleType:
     """The functions of `losses._classes` for features like x, chosen as `backend` chooses."""
-    if not x.is_cuda or x.dtype == torch.float64:
+    if not on_kernels(x):
         return _classes
     from losses import _kernels_classes
 
@@ -158,9 +163,7 @@ class Classes:
         gather = block.gather
         sides = [torch.cat([parts[k] for k in r.members]) for r in (gather.row, gather.column)]
         sizes = [len(side) for side in sides]
-        if sum(sizes) < len(
-            ids
-        ):  # the class sums of the whole batch would be larger than the block
+        if sum(sizes) < len(ids):  # class sums of the whole batch would be larger than the block
             both = torch.cat(sides)
             numbers = _classes.number(both)
             counts = counts.new_ones(len(both)).scatter_(0, numbers, counts[both])

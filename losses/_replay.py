@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from losses._block import Block, Classes, Walk, backend, of_classes
+from losses._block import Block, Classes, Walk, backend, of_classes, on_kernels
 from losses._gather import Gather
 
 ROWS = 4096
@@ -23,8 +23,7 @@ def fits(x: Tensor, gather: Gather) -> bool:
     """Whether `contrast` is for a batch like x (B, D): on one GPU, small, and not recorded by
     somebody else."""
     return (
-        x.is_cuda
-        and x.dtype != torch.float64
+        on_kernels(x)
         and gather.world_size == 1
         and 0 < len(x) <= ROWS
         and not torch.cuda.is_current_stream_capturing()
