@@ -1,4 +1,4 @@
-"""The processes of a cell: one training, and a command for each evaluation.
+"""The processes of a cell: one training, and one for its evaluations.
 
 Each process is a session of its own. The kernel sends it SIGTERM when this one dies, however it
 dies, so that no training goes on without anybody who knows; train.py then saves and stops.
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,16 +79,18 @@ def train(cell: Cell, launcher: str, signals: Signals) -> Failure | None:
 
 
 def evaluate(
-    cell: Cell, task: str, options: list[str], launcher: str, signals: Signals
+    cell: Cell, planned: Sequence[tuple[str, list[str]]], launcher: str, signals: Signals
 ) -> Failure | None:
-    """Run a command of eval/ on the last checkpoint of a cell.
+    """Run commands of eval/ on the last checkpoint of a cell, in one process.
 
     Args:
-        options: data sets and options as on its command line.
+        planned: name of each command, and its data sets and options as on its command line.
     """
-    command = [*words(launcher), str(ROOT / "eval" / f"{task}.py"), "--checkpoint", str(cell.run)]
-    command += [*options, "--output", str(cell.results)]
-    return _run(cell, task, command, launcher, signals)
+    command = [*words(launcher), str(ROOT / "eval" / "several.py"), "--checkpoint", str(cell.run)]
+    for task, options in planned:
+        command += ["--run", shlex.join([task, *options])]
+    what = ", ".join(task for task, _ in planned)
+    return _run(cell, what, [*command, "--output", str(cell.results)], launcher, signals)
 
 
 def words(launcher: str) -> list[str]:

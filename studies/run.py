@@ -167,10 +167,10 @@ def _make(cell, launcher: str, evaluation_launcher: str, signals):
             differing = [f"{k}: there {a!r}, now {b!r}" for k, (a, b) in cell.differing().items()]
             said = "; ".join(differing) or f"it stopped after step {cell.done_steps()}"
             failure = _work.Failure("train.py", 1, [f"the run is not finished: {said}"])
-    for one, names in () if failure else cell.lacking():
-        options = ["--datasets", *names, *one.options]
-        failed = _work.evaluate(cell, one.task, options, evaluation_launcher, signals)
-        failure = failure or failed
+    lacking = [] if failure else cell.lacking()
+    if lacking:
+        commands = [(one.task, ["--datasets", *names, *one.options]) for one, names in lacking]
+        failure = _work.evaluate(cell, commands, evaluation_launcher, signals)
     if failure is None and (left := cell.lacking()):
         names = ", ".join(f"{one.task} on {' '.join(sets)}" for one, sets in left)
         failure = _work.Failure("eval", 1, [f"no rows were written by {names}"])
