@@ -45,6 +45,8 @@ def draw_differences(report: Report, path: Path) -> None:
         axis.errorbar(
             mean.mean, place, xerr=mean.half or 0, fmt="|", color=color, capsize=3, markersize=9
         )
+        if one.margin:
+            axis.plot([-one.margin] * 2, [place - 0.2, place + 0.2], color=DARK, linewidth=0.8)
         pair = " − ".join(figures.short(report.label(arm), 14) for arm in one.arms)
         measure = _statistics.label(one.measure, report.measures[one.measure])
         labels.append(f"{figures.printable(pair)}\n{figures.wrapped(measure, 30, 2)}")
@@ -52,7 +54,8 @@ def draw_differences(report: Report, path: Path) -> None:
     axis.set_yticks(np.arange(len(shown)), labels)
     axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.grid(axis="x")
-    axis.set_xlabel("difference in points; blue: interval without 0")
+    bound = "; short line: the margin of “at least”" if any(one.margin for one in shown) else ""
+    axis.set_xlabel(f"difference in points; blue: shown{bound}")
     figures.save(figure, path)
 
 

@@ -11,6 +11,7 @@ from studies._cells import Cell
 from studies._study import Measure, Study
 
 SHOWN, NOT_SHOWN, NO_INTERVAL = "shown", "not shown", "no interval"
+REFUTED = "refuted"  # of a claim that states a margin
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,20 @@ class Difference:
     measure: str
     claim: str
     mean: Mean | None
+    margin: float = 0.0
 
     @property
     def verdict(self) -> str:
-        """SHOWN, NOT_SHOWN where the interval holds 0, NO_INTERVAL with fewer than two seeds."""
+        """SHOWN, NOT_SHOWN where the interval holds 0, NO_INTERVAL with fewer than two seeds.
+
+        With a margin m > 0 the claim is "at least", as in trials of non-inferiority: SHOWN where
+        the interval is above -m, REFUTED where it is below, NOT_SHOWN where it holds -m.
+        """
         if self.mean is None or self.mean.half is None:
             return NO_INTERVAL
-        return NOT_SHOWN if self.mean.holds(0) else SHOWN
+        if self.mean.holds(-self.margin):
+            return NOT_SHOWN
+        return REFUTED if self.margin and self.mean.mean < -self.margin else SHOWN
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -104,7 +112,7 @@ def differences(
             seeds = [seed for seed in study.seeds if seed in one and seed in other]
             gaps = [one[seed].value - other[seed].value for seed in seeds]
             mean = mean_of(gaps) if gaps else None
-            found.append(Difference((first, second), name, entry.claim, mean))
+            found.append(Difference((first, second), name, entry.claim, mean, entry.margin))
     return found
 
 

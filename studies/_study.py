@@ -9,7 +9,7 @@ paired over the seeds.
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from engine import config_file
+from eval.report import paper_tables
 from loaders.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,27 @@ class Comparison:
     arms: list[str] = MISSING
     measures: list[str] = field(default_factory=list)  # empty: all
     claim: str = ""  # what it decides, in words
+    margin: float = 0.0  # points; above 0 the claim is "at least": not further behind than that
+
+
+@dataclass
+class Published:
+    """Numbers of a paper beside ours: rows and columns of a table of eval/paper/, by their ids."""
+
+    paper: str = MISSING
+    table: str = MISSING
+    rows: list[str] = MISSING
+    columns: list[str] = MISSING
+
+
+@dataclass
+class Figure:
+    """A picture of some arms: bars in each measure, or lines over the variants."""
+
+    title: str = MISSING
+    arms: list[str] = MISSING  # without a variant: lines over all of them
+    measures: list[str] = MISSING
+    published: Published | None = None
 
 
 @dataclass
@@ -85,6 +107,7 @@ class Study:
     evaluations: list[Evaluation] = field(default_factory=list)
     measures: dict[str, Measure] = field(default_factory=dict)  # empty: the first of each set
     comparisons: list[Comparison] = field(default_factory=list)
+    figures: dict[str, Figure] = field(default_factory=dict)  # by the name of the file
 
 
 def read(path: Path) -> Study:
@@ -108,6 +131,8 @@ def read(path: Path) -> Study:
         _check(study)
         _spread(study)
         _check_comparisons(study)
+        for name, figure in study.figures.items():
+            _check_figure(name, figure, study)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return study
@@ -189,7 +214,7 @@ def _spread(study: Study) -> None:
     for entry in study.comparisons:
         if set(entry.arms) <= bare.keys():
             spread += [
-                Comparison([f"{arm}-{name}" for arm in entry.arms], entry.measures, entry.claim)
+                replace(entry, arms=[f"{arm}-{name}" for arm in entry.arms])
                 for name in study.variants
             ]
         else:
@@ -199,6 +224,8 @@ def _spread(study: Study) -> None:
 
 def _check_comparisons(study: Study) -> None:
     for entry in study.comparisons:
+        if entry.margin < 0:
+            raise ConfigError(f"comparisons: margin={entry.margin:g} is below 0")
         if len(entry.arms) != 2 or entry.arms[0] == entry.arms[1]:
             raise ConfigError(f"comparisons: arms={entry.arms} are not two different arms")
         for arm in entry.arms:
@@ -207,3 +234,35 @@ def _check_comparisons(study: Study) -> None:
         for measure in entry.measures if study.measures else ():
             if measure not in study.measures:
                 raise ConfigError(f"comparisons: {nearest(measure, study.measures, 'measure')}")
+
+
+def lines(study: Study, figure: Figure) -> dict[str, list[str]]:
+    """Name in the file -> arms of the study: one, or for lines that of each variant in turn."""
+    return {
+        name: [name] if name in study.arms else [f"{name}-{v}" for v in study.variants]
+        for name in figure.arms
+    }
+
+
+def _check_figure(name: str, figure: Figure, study: Study) -> None:
+    where = f"figures.{name}"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: a name has letters, digits, _ and . only; it is a file's")
+    if not figure.arms or not figure.measures:
+        raise ConfigError(f"{where}: arms and measures need at least one entry each")
+    for arm, names in lines(study, figure).items():
+        if not names or names[0] not in study.arms:
+            raise ConfigError(f"{where}: {nearest(arm, study.arms, 'arm')}")
+    if len({len(names) for names in lines(study, figure).values()}) > 1:
+        raise ConfigError(f"{where}: arms with and without a variant do not go into one figure")
+    for measure in figure.measures:
+        if measure not in study.measures:
+            raise ConfigError(f"{where}: {nearest(measure, study.measures, 'measure')}")
+    if beside := figure.published:
+        table = paper_tables.load(beside.paper, beside.table)
+        for kind, asked, known in (
+            ("row", beside.rows, [row.id for row in table.rows]),
+            ("column", beside.columns, [column.id for column in table.columns]),
+        ):
+            for wrong in [word for word in asked if word not in known]:
+                raise ConfigError(f"{where}.published: {nearest(wrong, known, kind)}")

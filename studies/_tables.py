@@ -108,12 +108,11 @@ def _found(report: Report, one: Difference) -> list[str]:
     if mean.half is None:
         return [text, seeds, "one seed: no interval"]
     text += f" [{mean.mean - mean.half:+.2f}, {mean.mean + mean.half:+.2f}]"
+    if one.margin:
+        return [text, seeds, f"at most {one.margin:g} behind: {one.verdict}"]
     higher = report.label(one.arms[0 if mean.mean > 0 else 1])
-    return [
-        text,
-        seeds,
-        "not shown" if one.verdict == _statistics.NOT_SHOWN else f"{higher} higher",
-    ]
+    shown = one.verdict != _statistics.NOT_SHOWN
+    return [text, seeds, f"{higher} higher" if shown else one.verdict]
 
 
 def md(report: Report) -> str:

@@ -1,13 +1,15 @@
 """Tables and pictures of a study: `python -m studies.report studies/family.yaml`.
 
-Writes OUT/report/{table.md, index.html, measures.png, costs.png, differences.png} from what is
-there and prints the tables. A cell that is missing is empty, with the command that makes it. A
-difference whose 95 % interval holds zero is "not shown"; that is never "equal".
+Writes OUT/report/{table.md, index.html, measures.png, costs.png, differences.png}, and the figures
+that the study states, from what is there, and prints the tables. A cell that is missing is empty,
+with the command that makes it. A difference whose 95 % interval holds zero is "not shown"; that is
+never "equal".
 """
 
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: Python put studies/ first
@@ -79,10 +81,15 @@ def draw(report, folder: Path) -> None:
     """The pictures that there is something for, and the page that holds them."""
     # Here and not above: --help should not wait for matplotlib.
     from eval.report import render
-    from studies import _figures, _tables
+    from studies import _figures, _panels, _tables
 
     body = _tables.html_body(report)
+    stated = [
+        (name, partial(_panels.draw, name=name), bool(report.values))
+        for name in report.study.figures
+    ]
     for name, call, there in (
+        *stated,
         ("measures", _figures.draw_measures, bool(report.values)),
         ("costs", _figures.draw_costs, bool(report.values) and _costs_known(report)),
         ("differences", _figures.draw_differences, any(d.mean for d in report.differences)),
@@ -90,7 +97,7 @@ def draw(report, folder: Path) -> None:
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
         if there:
-            call(report, path)
+            call(report, path=path)
             body += f"<p>{render.picture(path, name)}</p>"
     page = render.page(report.study.name, body)
     (folder / "index.html").write_text(page, encoding="utf-8")

@@ -54,6 +54,35 @@ def test_the_interval_by_the_table_of_a_textbook():
     assert mean.half == pytest.approx(4.303 * deviation / math.sqrt(3), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("gaps", "zero", "two"),
+    [
+        ([0.5, -0.5, 0.1], "not shown", "shown"),  # within a point of nothing
+        ([-1.5, -1.6, -1.4], "shown", "shown"),  # behind, by less than two points
+        ([-3, -3.2, -2.9], "shown", "refuted"),
+        ([-2.1, -1.7, -2.4], "shown", "not shown"),
+        ([5, -9, 2], "not shown", "not shown"),
+        ([4], "no interval", "no interval"),
+    ],
+)
+def test_at_least_is_judged_at_the_margin(gaps, zero, two):
+    mean = _statistics.mean_of([float(gap) for gap in gaps])
+    found = [_statistics.Difference(("a", "b"), "m", "", mean, margin).verdict for margin in (0, 2)]
+    assert found == [zero, two]
+    if len(gaps) > 1:
+        low, high = stats.t.interval(0.95, len(gaps) - 1, loc=np.mean(gaps), scale=stats.sem(gaps))
+        judged = "shown" if low > -2 else "refuted" if high < -2 else "not shown"
+        assert judged == two
+
+
+def test_the_table_says_what_the_margin_was(tmp_path, capsys):
+    claim = [{"arms": ["one", "two"], "claim": "labels help", "margin": 2}]
+    path = study_file(tmp_path, comparisons=claim)
+    for cell in cells_of(path, tmp_path / "out"):
+        write_cell(cell, {KEY: 50.0 if cell.arm == "one" else 50.2 + 0.1 * (cell.seed == 3)})
+    assert "at most 2 behind: shown" in show(path, capsys)
+
+
 def test_a_difference_is_paired_over_seeds(tmp_path, capsys):
     """The arms spread over 20 points and the pairs over 0.2: only pairs show the difference."""
     seeds = [0, 1, 2]

@@ -51,6 +51,14 @@ def test_variants_multiply_arms_and_comparisons_of_bare_arms(tmp_path):
     ]  # fmt: skip
 
 
+def figure(**changes):
+    """Keys of a study whose figure has one thing changed."""
+    measures = {"m": {"task": "zero_shot", "datasets": ["emoji_twemoji"], "metric": "top1"}}
+    right = {"title": "T", "arms": ["one", "two"], "measures": ["m"]}
+    return {"measures": measures, "figures": {"f": {**right, **changes}}}
+
+
+TABLE = {"paper": "unicl", "table": "2", "rows": ["unicl"], "columns": ["in1k_resnet50"]}
 PROBE = {"task": "linear_probe", "datasets": ["openclipart_classes"]}
 WRONG = {
     "seed": ({"seed": [1]}, r"unknown key 'seed'; the nearest is 'seeds'"),
@@ -93,6 +101,17 @@ WRONG = {
     "measure of a comparison": (
         {"comparisons": [{"arms": ["one", "two"], "measures": ["x"]}]},
         r"no measure 'x'; the nearest is",
+    ),
+    "margin": ({"comparisons": [{"arms": ["one", "two"], "margin": -2}]}, r"margin=-2 is below 0"),
+    "arm of a figure": (figure(arms=["one", "tow"]), r"figures.f: no arm 'tow'; the nearest is"),
+    "measure of a figure": (figure(measures=["n"]), r"figures.f: no measure 'n'; the nearest"),
+    "row beside a figure": (
+        figure(published={**TABLE, "rows": ["uncl"]}),
+        r"figures.f.published: no row 'uncl'; the nearest is 'unicl'",
+    ),
+    "table beside a figure": (
+        figure(published={**TABLE, "table": "4"}),
+        r"table 4: the numbers of the batch size study were in no source",
     ),
     "measure that nobody makes": (
         {"measures": {"m": {"task": "knn", "datasets": ["emoji_twemoji"], "metric": "top1"}}},
