@@ -1,7 +1,7 @@
 """Several evaluations of the same models in one process: `python -m eval.several --checkpoint RUN
---output DIR --run "zero_shot --datasets quickstart" --run "knn --datasets quickstart"`.
+--output DIR --evaluate "zero_shot --datasets quickstart" --evaluate "knn --datasets quickstart"`.
 
-What --run takes is a command of eval/ with its options, but for the two that are given here. A
+What --evaluate takes is a command of eval/ with its options, but for the two that are given here. A
 process of its own for each would load torch and the towers again, which for small sets is most of
 the time. One that cannot be made is named, the others are made, and the exit code is that of the
 first which failed.
@@ -41,7 +41,7 @@ def parser() -> CommandParser:
     made.add_argument("--checkpoint", nargs="+", required=True, type=as_path, metavar="RUN")
     made.add_argument("--output", required=True, type=as_path, metavar="DIR", help="result rows")
     made.add_argument(
-        "--run", action="append", required=True, metavar="'COMMAND OPTIONS'",
+        "--evaluate", action="append", required=True, metavar="'COMMAND OPTIONS'",
         help=f"{', '.join(COMMANDS)} with its --datasets and options; give it several times",
     )  # fmt: skip
     return made
@@ -51,17 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line.
 
     Raises:
-        ConfigError: a --run that names no command, before anything is made. EvaluationsFailed: at
-            the end, when some were refused.
+        ConfigError: an --evaluate that names no command, before anything is made.
+            EvaluationsFailed: at the end, when some were refused.
     """
     args = parser().parse_args(argv)
-    words = [shlex.split(run) for run in args.run]
-    for run, parts in zip(args.run, words, strict=True):
+    words = [shlex.split(run) for run in args.evaluate]
+    for run, parts in zip(args.evaluate, words, strict=True):
         if not parts or parts[0] not in COMMANDS:
-            raise ConfigError(f"--run {run!r}: it begins with one of {', '.join(COMMANDS)}")
+            raise ConfigError(f"--evaluate {run!r}: it begins with one of {', '.join(COMMANDS)}")
     common = ["--checkpoint", *map(str, args.checkpoint), "--output", str(args.output)]
     failures: list[tuple[str, UserError]] = []
-    for run, parts in zip(args.run, words, strict=True):
+    for run, parts in zip(args.evaluate, words, strict=True):
         command = importlib.import_module(f"eval.{parts[0]}")
         try:
             command.main([*parts[1:], *common])

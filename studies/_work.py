@@ -88,7 +88,7 @@ def evaluate(
     """
     command = [*words(launcher), str(ROOT / "eval" / "several.py"), "--checkpoint", str(cell.run)]
     for task, options in planned:
-        command += ["--run", shlex.join([task, *options])]
+        command += ["--evaluate", shlex.join([task, *options])]
     what = ", ".join(task for task, _ in planned)
     return _run(cell, what, [*command, "--output", str(cell.results)], launcher, signals)
 

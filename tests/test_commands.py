@@ -75,7 +75,7 @@ def wrong_ones(folder):
         yield command, [*given, "--datasets", absent], 3, f"{absent}: {folder}"
         if there:
             yield command, [*given, "--datasets", there], 3, f"{folder / 'run'}: no such file or"
-    few = ["--checkpoint", str(folder), "--output", str(folder), "--run", "zeroshot"]
+    few = ["--checkpoint", str(folder), "--output", str(folder), "--evaluate", "zeroshot"]
     yield "eval.several", few, 2, "it begins with one of zero_shot, linear_probe"
     sets = ["--checkpoint", str(folder), "--val", "-", "--output", str(folder)]
     yield "eval.detection", [*sets, "--train", str(folder)], 3, "make the set with data_prep/coco"

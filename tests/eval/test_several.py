@@ -33,7 +33,7 @@ def test_rows_are_those_of_a_command_each(world, tmp_path):
         command.main([*options, "--checkpoint", model, "--output", str(apart)])
     words = " ".join(options)
     given = ["--checkpoint", model, "--output", str(together)]
-    several.main([*given, "--run", f"zero_shot {words}", "--run", f"knn {words}"])
+    several.main([*given, "--evaluate", f"zero_shot {words}", "--evaluate", f"knn {words}"])
     assert {row["task"] for row in rows(together)} == {"zero_shot", "knn"}
     assert rows(together) == rows(apart)
 
@@ -41,7 +41,7 @@ def test_rows_are_those_of_a_command_each(world, tmp_path):
 def test_one_that_is_refused_is_named_and_the_others_are_made(world, tmp_path, capsys):
     words = " ".join(registered(world, tmp_path))
     given = ["--checkpoint", str(world / "runs/tiny"), "--output", str(tmp_path)]
-    runs = ["--run", f"retrieval {words}", "--run", f"knn {words}"]
+    runs = ["--evaluate", f"retrieval {words}", "--evaluate", f"knn {words}"]
     with pytest.raises(several.EvaluationsFailed, match="1 of 2 evaluations failed: retrieval"):
         several.main([*given, *runs])
     said = capsys.readouterr().err
@@ -53,5 +53,5 @@ def test_one_that_is_refused_is_named_and_the_others_are_made(world, tmp_path, c
 def test_a_word_that_is_no_command_is_refused_before_anything_is_made(tmp_path, run):
     given = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="it begins with one of zero_shot, linear_probe"):
-        several.main([*given, "--run", "knn --datasets quickstart", "--run", run])
+        several.main([*given, "--evaluate", "knn --datasets quickstart", "--evaluate", run])
     assert not (tmp_path / "out").exists()
