@@ -96,7 +96,8 @@ def _rows(bars: list[Bar]) -> float:
 
 
 def _panel(axis, bars: list[Bar], color: str) -> None:
-    top = max([bar.mean + (bar.half or 0) for bar in bars if bar.mean is not None], default=1)
+    known = [bar for bar in bars if bar.mean is not None]
+    top = max([max(bar.mean + (bar.half or 0), *bar.values, 0) for bar in known], default=1)
     for place, bar in enumerate(bars):
         said = bar.text
         if bar.mean is not None:
